@@ -29,7 +29,8 @@ $(VENV)/dev-ok: settings.ini setup.py constraints.txt | $(VENV)/python-ok
 	@touch $@ $(VENV)/runtime-ok
 
 train: $(VENV)/runtime-ok
-	$(BIN)/accelerate launch -q -m clip_nbdev.train --data glyphs --minutes 9.5 --out $(RUN)
+	$(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	  -m clip_nbdev.train --data glyphs --minutes 9.5 --out $(RUN) --overwrite
 
 export: $(VENV)/dev-ok
 	$(BIN)/nbdev_export
@@ -37,6 +38,7 @@ export: $(VENV)/dev-ok
 
 readme: $(VENV)/dev-ok
 	$(BIN)/python -m nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	sed -i.old -E 's#\]\(([0-9]{2}_)#](nbs/\1#g' README.md && rm README.md.old
 
 test: $(VENV)/dev-ok
 	$(BIN)/python -m pyflakes clip_nbdev tests benchmarks

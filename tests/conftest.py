@@ -1,0 +1,47 @@
+"Small real data for the tests: images that tests draw, in the formats that users have."
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo(): return REPO
+
+
+def picture(seed, side=48):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+
+
+def as_bytes(img):
+    buffer = io.BytesIO()
+    img.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    "Two shards of 24 pairs; pair 5 has a broken image, pair 7 an empty caption, each other two captions."
+    for shard in range(2):
+        with tarfile.open(tmp_path/f"pairs-{shard:04d}.tar", "w") as tar:
+            for i in range(24*shard, 24*shard + 24):
+                data = b"not an image" if i == 5 else as_bytes(picture(i))
+                text = " \n" if i == 7 else f"picture number {i}\nthe {i}th square"
+                for name, content in ((f"{i:05d}.png", data), (f"{i:05d}.txt", text.encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return f"{tmp_path}/pairs-{{0000..0001}}.tar"
+
+
+@pytest.fixture(autouse=True)
+def quiet_threads(): torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

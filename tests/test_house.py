@@ -1,0 +1,130 @@
+"The repository keeps its own rules: notebooks and modules agree, the README is the index, the package holds what it needs."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd, **env):
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def copy_of(repo, folder):
+    "The files that belong to the project, without environments, runs and leftovers."
+    ignore = shutil.ignore_patterns(".venv*", ".git", "runs", "_proc", "_docs", "*.egg-info", "__pycache__", "build", "dist", "shared", ".pytest_cache")
+    return shutil.copytree(repo, folder/"copy", symlinks=True, ignore=ignore)
+
+
+def texts(folder, *patterns): return {str(p.relative_to(folder)): p.read_text() for pattern in patterns for p in sorted(folder.glob(pattern))}
+
+
+def test_export_and_clean_leave_no_difference(repo, tmp_path):
+    copy = copy_of(repo, tmp_path)
+    before = texts(copy, "clip_nbdev/*.py", "nbs/*.ipynb")
+    run(BIN/"nbdev_export", cwd=copy, PATH=f"{BIN}:{os.environ['PATH']}")
+    run(BIN/"nbdev_clean", cwd=copy, PATH=f"{BIN}:{os.environ['PATH']}")
+    after = texts(copy, "clip_nbdev/*.py", "nbs/*.ipynb")
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    assert not changed, f"run `make export` and commit: {changed}"
+    assert not (copy/"pyproject.toml").exists()
+
+
+def test_readme_is_the_index(repo, tmp_path):
+    run(sys.executable, "-m", "nbconvert", "--to", "markdown", "--output-dir", tmp_path, "--output", "README", repo/"nbs"/"index.ipynb", cwd=repo)
+    made = re.sub(r"\]\((\d\d_)", r"](nbs/\1", (tmp_path/"README.md").read_text()) # chapters lie in nbs/ as seen from the README
+    assert made == (repo/"README.md").read_text(), "run `make readme` and commit"
+
+
+def test_site_lists_every_chapter(repo):
+    assert os.readlink(repo/"nbs"/"_quarto.yml") == "../_quarto.yml"
+    sidebar = yaml.safe_load((repo/"nbs"/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    listed = [page for entry in sidebar for page in (entry["contents"] if isinstance(entry, dict) else [entry])]
+    assert sorted(listed) == sorted(p.name for p in (repo/"nbs").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1]/"nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_chapter_reads_without_running(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    outputs = json.dumps([c["outputs"] for c in code])
+    assert cells[0]["cell_type"] == "markdown" and "".join(cells[0]["source"]).startswith("# ")
+    assert not code or any(c["outputs"] for c in code), "no stored outputs"
+    assert '"output_type": "error"' not in outputs
+    assert not any(p in outputs for p in (str(Path.home())+"/", "/tmp/", "site-packages")), "a machine's path in the outputs"
+    assert path.stat().st_size < 1_000_000
+
+
+def closure(requirements):
+    "Names of the distributions that these requirements install, extras left out."
+    found, todo = set(), list(requirements)
+    while todo:
+        req = Requirement(todo.pop())
+        if req.marker and not req.marker.evaluate({"extra": ""}): continue
+        name = req.name.lower().replace("_", "-")
+        if name in found: continue
+        try: dist = distribution(name)
+        except PackageNotFoundError: continue
+        found.add(name)
+        todo += dist.requires or []
+    return found
+
+
+def runtime_environment(repo, folder):
+    "A folder with links to the runtime requirements alone, as site-packages would look after `pip install .`."
+    cfg = ConfigParser(delimiters=["="])
+    cfg.read(repo/"settings.ini")
+    names = closure(cfg["DEFAULT"]["requirements"].split())
+    folder.mkdir()
+    for name in names:
+        for file in distribution(name).files or ():
+            top = file.parts[0]
+            source = Path(distribution(name).locate_file(top))
+            if top not in ("..", "__pycache__") and source.exists() and not (folder/top).exists(): (folder/top).symlink_to(source)
+    (folder/"clip_nbdev").symlink_to(repo/"clip_nbdev")
+    return names
+
+
+def test_imports_with_runtime_requirements_alone(repo, tmp_path):
+    names = runtime_environment(repo, tmp_path/"site")
+    assert not names & {"nbdev", "fastcore", "execnb", "ghapi", "open-clip-torch", "transformers", "pytest"}
+    modules = [p.stem for p in sorted((repo/"clip_nbdev").glob("*.py")) if not p.stem.startswith("_")]
+    code = (f"import sys; sys.path = [p for p in sys.path if 'site-packages' not in p] + [{str(tmp_path/'site')!r}]\n"
+            f"import importlib\nfor m in {modules!r}: importlib.import_module('clip_nbdev.'+m)\n"
+            "for gone in ('nbdev', 'fastcore', 'execnb', 'open_clip', 'transformers'):\n"
+            "    assert gone not in sys.modules, gone\n"
+            "    try: __import__(gone)\n    except ModuleNotFoundError: continue\n    raise SystemExit(f'{gone} can be imported: this environment proves nothing')\n")
+    run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path)
+
+
+def test_init_is_light(repo):
+    code = "import sys, clip_nbdev; clip_nbdev.load, clip_nbdev.create_model, clip_nbdev.available_models; assert 'clip_nbdev.train' not in sys.modules"
+    run(sys.executable, "-c", code, cwd=repo)
+
+
+def test_wheel_holds_weights_and_needs_no_pkg_resources(repo, tmp_path):
+    copy = copy_of(repo, tmp_path)
+    (copy/"clip_nbdev"/"weights").mkdir(exist_ok=True)
+    (copy/"clip_nbdev"/"weights"/"probe.safetensors").write_bytes(b"x")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path/"dist", copy, cwd=tmp_path)
+    wheel = zipfile.ZipFile(next((tmp_path/"dist").glob("*.whl")))
+    names = wheel.namelist()
+    assert "clip_nbdev/weights/probe.safetensors" in names and "clip_nbdev/train.py" in names
+    assert not any(n.startswith(("nbs/", "tests/")) for n in names)
+    metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert "Requires-Dist: torch" in metadata and sysconfig.get_python_version() >= "3.11"
+    assert "pkg_resources" not in (repo/"setup.py").read_text()

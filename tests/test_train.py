@@ -1,0 +1,141 @@
+"Whole commands: what a user types, what lies in the folder afterwards, what a mistake says."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from clip_nbdev import load
+from clip_nbdev import train as train_module
+from clip_nbdev.glyphs import GlyphPairs
+from clip_nbdev.train import TrainConfig, Trainer
+
+ACCELERATE = Path(sys.executable).parent/"accelerate"
+
+
+def tiny(out, **options): return TrainConfig(**dict(out=Path(out), preset="tiny", steps=4, batch_size=8, evals=0, threads=1) | options)
+
+
+@pytest.fixture
+def small_suite(monkeypatch): monkeypatch.setattr(train_module, "SUITE", ("dice", "cards_unseen"))
+
+
+def last_record(run): return json.loads((Path(run)/"metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_run_folder_opens_in_open_clip(tmp_path, small_suite):
+    run = tmp_path/"run"
+    Trainer(tiny(run)).run()
+    names = {p.name for p in run.iterdir()}
+    assert names >= {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
+                     "metrics.jsonl", "report.md", "figures"}
+    last = last_record(run)
+    assert set(last["suite"]) == {"dice", "cards_unseen"} and last["steps"] == 4 and last["seconds"] > 0
+    assert all(0 <= v <= 1 for v in last["suite"].values())
+
+    model, preprocess, tokenizer = load(run)
+    theirs, _, their_preprocess = open_clip.create_model_and_transforms(f"local-dir:{run}")
+    their_tokenizer = open_clip.get_tokenizer(f"local-dir:{run}")
+    theirs.eval()
+    captions = ["a red heart", "Playing card &amp; queen of hearts", "domino tile horizontal-03-05 in blue", ""]
+    ours_ids, their_ids = tokenizer(captions), their_tokenizer(captions)
+    for ours, other in zip(ours_ids.tolist(), their_ids.tolist()):
+        end = ours.index(tokenizer.eos_id) + 1
+        assert ours[:end] == other[:end]
+    img, _ = GlyphPairs(32, groups=("dice",)).batch(4)
+    pictures = [Image.fromarray((i.permute(1, 2, 0)*255).byte().numpy()).resize((50, 41)) for i in img]
+    ours_img, their_img = (torch.stack([p(x) for x in pictures]) for p in (preprocess, their_preprocess))
+    torch.testing.assert_close(ours_img, their_img)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(ours_img), theirs.encode_image(their_img), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.encode_text(ours_ids), theirs.encode_text(their_ids), rtol=1e-5, atol=1e-5)
+
+
+def test_same_seed_same_weights(tmp_path, small_suite):
+    runs = [Trainer(tiny(tmp_path/name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    for trainer in runs: trainer.run()
+    a, b, c = ((tmp_path/n/"open_clip_model.safetensors").read_bytes() for n in "abc")
+    assert a == b and a != c
+
+
+def test_photographs_are_read_and_broken_ones_counted(tmp_path, shards):
+    run = tmp_path/"run"
+    Trainer(tiny(run, data=shards, epochs=2., steps=None, eval_data=shards)).run()
+    last = last_record(run)
+    assert last["steps"] == 12 and last["broken_images"] >= 1 and last["empty_captions"] >= 1
+    assert set(last["retrieval"]) >= {f"{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    assert last["retrieval"]["n_images"] == 46 and last["retrieval"]["broken_images"] == 1
+    assert "1 images that did not decode" not in (run/"metrics.jsonl").read_text() and "did not decode" in (run/"report.md").read_text()
+
+
+def test_warns_at_the_floor(tmp_path, small_suite, capsys, monkeypatch):
+    monkeypatch.setattr(train_module, "GlyphPairs", NoisePairs)
+    Trainer(tiny(tmp_path/"run", steps=140, warmup=10, batch_size=4, lr=1e-7)).run()
+    out = capsys.readouterr()
+    assert "within 2% of ln 4" in out.out + out.err
+
+
+class NoisePairs(GlyphPairs):
+    "Pairs whose pictures say nothing."
+    def batch(self, n):
+        images, captions = super().batch(n)
+        return torch.full_like(images, 0.5), captions
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--data", "missing-{0000..0003}.tar"], "no shard matches missing-0000.tar"),
+    (["--data", "missing.csv"], "no file missing.csv"),
+    (["--data", "no such thing"], "can't tell what"),
+    (["--data", "table.csv"], "has no column 'caption'"),
+    (["--data", "blank.csv"], "not one caption"),
+    (["--preset", "nope"], "no preset 'nope': there are"),
+    (["--steps", "3", "--minutes", "2"], "--minutes and --steps contradict each other"),
+    (["--epochs", "2"], "--epochs has no meaning for glyphs"),
+    (["--scenes", "2"], "--scenes is a share"),
+    (["--data", "table.csv", "--caption-col", "text", "--scenes", "0.5"], "belong to --data glyphs"),
+    (["--batch-size", "1"], "--batch-size 1 has nothing to contrast"),
+    (["--eval-data", "missing.tar", "--steps", "2"], "no shard matches missing.tar"),
+    (["--out", "old"], "already holds a run"),
+])
+def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("one.png")
+    Path("table.csv").write_text("filepath,text\none.png,a picture\n")
+    Path("blank.csv").write_text("filepath,caption\none.png,  \n")
+    Path("old").mkdir()
+    Path("old/config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["train", "--threads", "1", *options])
+    with pytest.raises(SystemExit) as stop: train_module.main()
+    err = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(err) == 1 and err[0].startswith("error: ") and said in err[0]
+
+
+def launch(*options, cwd, **env):
+    command = [ACCELERATE, "launch", "-q", *options]
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_launcher_says_a_mistake_without_a_traceback(tmp_path):
+    done = launch("-m", "clip_nbdev.train", "--preset", "nope", cwd=tmp_path)
+    assert done.returncode != 0 and "error: no preset 'nope'" in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
+def test_help_answers(tmp_path):
+    done = launch("-m", "clip_nbdev.train", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for option in ("--data", "--preset", "--out", "--batch-size", "--minutes", "--steps", "--epochs", "--eval-data", "--threads", "--precision"):
+        assert option in done.stdout
+
+
+def test_two_processes_run_to_the_end(tmp_path, shards):
+    done = launch("--multi_gpu", "--num_processes", "2", "-m", "clip_nbdev.train", "--data", shards, "--preset", "tiny", "--steps", "4",
+                  "--batch-size", "8", "--out", "run", "--threads", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 pairs a process, 16 a step, each contrasted with 15 others" in done.stdout
+    assert last_record(tmp_path/"run")["pairs"] == 64
+    load(tmp_path/"run")
