@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'CLIPConfig', 'CLIP', 'available_models', 'create_model', 'to_released', 'from_released']
 
-# %% ../nbs/11_clip.ipynb #3676bcc7
+# %% ../nbs/11_clip.ipynb #05829664
 import warnings
 from dataclasses import dataclass, fields, replace
 
@@ -19,7 +19,7 @@ from .loss import LOGIT_SCALE_INIT
 from .resnet import ModifiedResNet
 from .text import BagOfWords, TextTransformer
 
-# %% ../nbs/11_clip.ipynb #fe3d85c1
+# %% ../nbs/11_clip.ipynb #3b29b2fe
 @dataclass(frozen=True)
 class CLIPConfig:
     "Everything that decides the shapes of a model. Raises UserError for a text tower that does not exist."
@@ -37,7 +37,7 @@ class CLIPConfig:
     def __post_init__(self):
         if self.text_tower not in ("transformer", "bow"): raise UserError(f"no text tower {self.text_tower!r}: there are transformer and bow")
 
-# %% ../nbs/11_clip.ipynb #88ee6f23
+# %% ../nbs/11_clip.ipynb #17d06c1b
 class CLIP(nn.Module):
     "Two towers into one space, and a learned temperature (sections 2.3 to 2.5)."
     def __init__(self,
@@ -80,11 +80,11 @@ class CLIP(nn.Module):
     )->tuple[Tensor, Tensor, Tensor]: # (B, E), (B, E), scalar: unit image and text embeddings, scale
         return self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True), self.scale
 
-# %% ../nbs/11_clip.ipynb #9400786b
+# %% ../nbs/11_clip.ipynb #b83fb06b
 PRESETS = {
     "glyphs": CLIPConfig(embed_dim=128, img_size=48, vision_layers=(1,1,1,1), vision_width=16,
                          text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
-    "photos": CLIPConfig(embed_dim=256, img_size=64, vision_layers=(1,1,1,1), vision_width=32,
+    "photos": CLIPConfig(embed_dim=256, img_size=64, vision_layers=(1,1,1,1), vision_width=24,
                          text_width=192, text_heads=3, text_layers=3, ctx_len=77, vocab_size=4096),
     "tiny":   CLIPConfig(embed_dim=32, img_size=32, vision_layers=(1,1,1,1), vision_width=8,
                          text_width=64, text_heads=2, text_layers=1, ctx_len=40, vocab_size=1024),
@@ -105,7 +105,7 @@ def create_model(
     if wrong: raise UserError(f"a model has no {wrong[0]!r}: it has {', '.join(known)}")
     return CLIP(replace(PRESETS[name], **changes)).eval()
 
-# %% ../nbs/11_clip.ipynb #9679d329
+# %% ../nbs/11_clip.ipynb #da0ae0df
 def to_released(
     state:dict, # state dict of a `CLIP`
 )->dict:

@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'FLOOR_HELP', 'TrainConfig', 'check', 'parameter_groups', 
            'Source', 'make_source', 'retrieval_recall', 'evaluate', 'Meter', 'resolve', 'Trainer', 'share_done',
            'describe', 'train', 'finish', 'result_tables', 'draw_figures', 'write_report', 'one_line', 'main']
 
-# %% ../nbs/13_train.ipynb #c54d9c87
+# %% ../nbs/13_train.ipynb #452093bb
 import json
 import math
 import os
@@ -37,7 +37,7 @@ from .retrieval import embed_pairs, recall_at
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/13_train.ipynb #fb904b81
+# %% ../nbs/13_train.ipynb #3805cd58
 @dataclass
 class TrainConfig:
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -70,10 +70,10 @@ class TrainConfig:
     image_col:str="filepath"                                             # column of the image paths in a table
     caption_col:str="caption"                                            # column of the captions in a table
 
-# %% ../nbs/13_train.ipynb #a5482fbe
+# %% ../nbs/13_train.ipynb #0d6ea9c4
 RECIPES = dict(glyphs=dict(lr=4e-3, batch_size=256), photos=dict(lr=1e-3, batch_size=128), tiny=dict(lr=2e-3, batch_size=128))
 
-# %% ../nbs/13_train.ipynb #922fde77
+# %% ../nbs/13_train.ipynb #4f40ac15
 def check(cfg:TrainConfig):
     "Raise UserError for options that contradict each other, before anything long begins."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -93,7 +93,7 @@ def check(cfg:TrainConfig):
     if (cfg.out/"config.json").exists() and not cfg.overwrite:
         raise UserError(f"{cfg.out} already holds a run: choose another --out, or replace it with --overwrite")
 
-# %% ../nbs/13_train.ipynb #44314bdb
+# %% ../nbs/13_train.ipynb #508676e3
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -103,7 +103,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/13_train.ipynb #eb2cad0c
+# %% ../nbs/13_train.ipynb #08620418
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -113,7 +113,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/13_train.ipynb #8707b20e
+# %% ../nbs/13_train.ipynb #0d185697
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -131,7 +131,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/13_train.ipynb #2d468a90
+# %% ../nbs/13_train.ipynb #2917e46c
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -140,7 +140,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if bf16_is_faster() else "no"
 
-# %% ../nbs/13_train.ipynb #93c851d5
+# %% ../nbs/13_train.ipynb #86873f98
 @dataclass
 class Source:
     "Where batches come from."
@@ -149,7 +149,7 @@ class Source:
     n_pairs:int|None     # pairs in an epoch, None for endless data
     position:object      # GlyphPairs or PairStream
 
-# %% ../nbs/13_train.ipynb #77706dc0
+# %% ../nbs/13_train.ipynb #82cd2b8c
 def make_source(
     cfg:TrainConfig, # options
     img_size:int,    # side of the pictures
@@ -171,7 +171,7 @@ def make_source(
     if n_pairs < cfg.batch_size*world: raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: lower --batch-size")
     return Source(iter(pair_loader(stream, cfg.batch_size, cfg.workers)), texts, n_pairs, stream)
 
-# %% ../nbs/13_train.ipynb #4ff363d7
+# %% ../nbs/13_train.ipynb #143504fe
 def retrieval_recall(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -182,7 +182,7 @@ def retrieval_recall(
     recalls = recall_at(*embed_pairs(model, tokenizer, pair_loader(stream, 256)))
     return recalls | dict(n_images=int(stream.counts[0]), broken_images=int(stream.counts[1]))
 
-# %% ../nbs/13_train.ipynb #756a1e2d
+# %% ../nbs/13_train.ipynb #efaad060
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -197,14 +197,14 @@ def evaluate(
     if cfg.eval_data: out["retrieval"] = retrieval_recall(cfg, model, tokenizer)
     return out
 
-# %% ../nbs/13_train.ipynb #804c030e
+# %% ../nbs/13_train.ipynb #74da9fcb
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high or too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: overfit_one_batch(model, images, tokens) tells a bug from too little data"""
 
-# %% ../nbs/13_train.ipynb #85937519
+# %% ../nbs/13_train.ipynb #8008ffd4
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, folder:Path, total:float, n_pairs:int, show:bool): # run folder, steps or seconds in all, pairs a step, first process?
@@ -232,7 +232,7 @@ class Meter:
             self.said = time.monotonic()
             print(f"step {step}: {state}", flush=True)
 
-# %% ../nbs/13_train.ipynb #84c9d4b9
+# %% ../nbs/13_train.ipynb #fa8199ae
 def resolve(cfg:TrainConfig)->TrainConfig:
     "The options with every default worked out, as config.json records them. Raises UserError."
     check(cfg)
@@ -244,13 +244,14 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     cfg.threads = cfg.threads or max(1, (os.cpu_count() or 1)//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return cfg
 
-# %% ../nbs/13_train.ipynb #04473bba
+# %% ../nbs/13_train.ipynb #cdccb9ad
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self, cfg:TrainConfig):
         self.cfg = cfg = resolve(cfg)
         torch.set_num_threads(cfg.threads)
-        self.acc = Accelerator(mixed_precision=cfg.precision)
+        several_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+        self.acc = Accelerator(mixed_precision=cfg.precision, cpu=several_cpus) # unasked, accelerate sees one process where there is no GPU
         seed_all(cfg.seed)
         config = PRESETS[cfg.preset]
         if cfg.eval_data: open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col) # a wrong name is said now, not at the end
@@ -284,7 +285,7 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item(), lr=lr)
 
-# %% ../nbs/13_train.ipynb #de2c9ff5
+# %% ../nbs/13_train.ipynb #3cf6dd3a
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -303,7 +304,7 @@ def describe(
             f"of {cfg.threads} thread(s) on {trainer.acc.device}\n"
             f"batch: {cfg.batch_size} pairs a process, {trainer.n_global} a step, each contrasted with {trainer.n_global-1} others")
 
-# %% ../nbs/13_train.ipynb #bf8db64e
+# %% ../nbs/13_train.ipynb #541f8e05
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -332,7 +333,7 @@ def train(
     trainer.acc.wait_for_everyone()
     return last
 
-# %% ../nbs/13_train.ipynb #587c36bc
+# %% ../nbs/13_train.ipynb #3a42ae4d
 def finish(
     trainer:Trainer,     # after its last step
     meter:Meter,         # that has the file
@@ -350,7 +351,7 @@ def finish(
     write_report(cfg, trainer.model, trainer.tokenizer, last, losses)
     return last
 
-# %% ../nbs/13_train.ipynb #4ddd643e
+# %% ../nbs/13_train.ipynb #9b03adbd
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -387,7 +388,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/13_train.ipynb #3261edef
+# %% ../nbs/13_train.ipynb #904b925a
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained
@@ -406,7 +407,7 @@ def write_report(
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
 
-# %% ../nbs/13_train.ipynb #5777ef22
+# %% ../nbs/13_train.ipynb #20e2a048
 def one_line(
     error:UserError, # raised here or in a process that reads data
 )->str:
@@ -426,5 +427,5 @@ def main():
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #16ab2b02
+# %% ../nbs/13_train.ipynb #e44c97d5
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['check_names', 'zeroshot_classifier', 'embed_images', 'zeroshot_logits', 'zeroshot_accuracy', 'plot_predictions',
            'evaluate_suite', 'suite_table']
 
-# %% ../nbs/14_zeroshot.ipynb #846b5840
+# %% ../nbs/14_zeroshot.ipynb #32dab7e0
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -17,7 +17,7 @@ from .core import PALETTE, UserError, evaluating, progress
 from .data import normalize
 from .glyphs import SUITE, EvalSet, eval_set
 
-# %% ../nbs/14_zeroshot.ipynb #b243482f
+# %% ../nbs/14_zeroshot.ipynb #0bfb8d8b
 def check_names(
     classnames, # names to refuse or to let pass
     templates,  # sentences likewise
@@ -35,7 +35,7 @@ def check_names(
     for t in templates:
         if not isinstance(t, str) or "{}" not in t: raise UserError(f"template {t!r} has no slot: write {{}} where the class name goes")
 
-# %% ../nbs/14_zeroshot.ipynb #59c37e66
+# %% ../nbs/14_zeroshot.ipynb #8a0a44e5
 def zeroshot_classifier(
     model:nn.Module,          # has encode_text
     tokenizer,                # texts -> (B, L) ids
@@ -52,7 +52,7 @@ def zeroshot_classifier(
                          for i in range(0, len(prompts), batch_size)])
         return F.normalize(emb.view(len(classnames), len(templates), -1).mean(1), dim=-1).T
 
-# %% ../nbs/14_zeroshot.ipynb #2c41100c
+# %% ../nbs/14_zeroshot.ipynb #4e5adbfb
 def embed_images(
     model:nn.Module,     # has encode_image
     images:Tensor,       # (N, 3, H, W) uint8, or float 0 to 1
@@ -63,7 +63,7 @@ def embed_images(
     with evaluating(model):
         return torch.cat([model.encode_image(normalize(part.to(device)), normalize=True) for part in images.split(batch_size)])
 
-# %% ../nbs/14_zeroshot.ipynb #e84e33e0
+# %% ../nbs/14_zeroshot.ipynb #d33afcb8
 def zeroshot_logits(
     img_emb:Tensor, # (N, E) length 1, any type
     weights:Tensor, # (E, K) as `zeroshot_classifier` gives it
@@ -82,7 +82,7 @@ def zeroshot_accuracy(
     predicted = zeroshot_logits(embed_images(model, data.images), weights).argmax(1).cpu()
     return (predicted == data.labels).float().mean().item()
 
-# %% ../nbs/14_zeroshot.ipynb #96c8dcb1
+# %% ../nbs/14_zeroshot.ipynb #191123b9
 def plot_predictions(
     model:nn.Module,  # has encode_image and encode_text
     tokenizer,        # texts -> (B, L) ids
@@ -99,7 +99,7 @@ def plot_predictions(
         left.axis("off")
         best = p.topk(min(top, len(p)))
         colours = [PALETTE[2] if i == data.labels[row] else PALETTE[0] for i in best.indices]
-        right.barh(range(len(best.values)), best.values, color=colours, alpha=0.6)
+        right.barh(range(len(best.values)), best.values.tolist(), color=colours, alpha=0.6)
         for y,(i,v) in enumerate(zip(best.indices, best.values)): right.text(0.01, y, f"{data.classnames[i]}  {v:.0%}", va="center", fontsize=8)
         right.set(xlim=(0,1), yticks=[], xticks=[])
         right.invert_yaxis()
@@ -107,7 +107,7 @@ def plot_predictions(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/14_zeroshot.ipynb #a84a58d5
+# %% ../nbs/14_zeroshot.ipynb #f5759fb4
 def evaluate_suite(
     model:nn.Module,              # has encode_image and encode_text
     tokenizer,                    # texts -> (B, L) ids

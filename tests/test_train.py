@@ -91,7 +91,7 @@ class NoisePairs(GlyphPairs):
     (["--data", "missing.csv"], "no file missing.csv"),
     (["--data", "no such thing"], "can't tell what"),
     (["--data", "table.csv"], "has no column 'caption'"),
-    (["--data", "blank.csv"], "not one caption"),
+    (["--data", "blank.csv"], "no image has a caption"),
     (["--preset", "nope"], "no preset 'nope': there are"),
     (["--steps", "3", "--minutes", "2"], "--minutes and --steps contradict each other"),
     (["--epochs", "2"], "--epochs has no meaning for glyphs"),
