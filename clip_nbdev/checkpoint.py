@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_clip_config', 'write_json', 'check_tokenizer', 'save_model', 'misfit', 'read_config', 'read_weights', 'load']
 
-# %% ../nbs/12_checkpoint.ipynb #6103430f
+# %% ../nbs/12_checkpoint.ipynb #0b8093db
 import json
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import UserError
 from .data import MEAN, STD, image_transform
 from .tokenizer import BPETokenizer
 
-# %% ../nbs/12_checkpoint.ipynb #24a2e68e
+# %% ../nbs/12_checkpoint.ipynb #00246da1
 def open_clip_config(
     config:CLIPConfig, # of our model
 )->dict:               # contents of open_clip_config.json
@@ -31,7 +31,7 @@ def open_clip_config(
     preprocess = dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest")
     return dict(model_cfg=dict(embed_dim=config.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True), preprocess_cfg=preprocess)
 
-# %% ../nbs/12_checkpoint.ipynb #35b4ec7c
+# %% ../nbs/12_checkpoint.ipynb #33296ce4
 def write_json(
     path:Path,   # where to
     values:dict, # what
@@ -47,7 +47,7 @@ def check_tokenizer(
     if len(tokenizer) != config.vocab_size: raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}")
     if tokenizer.ctx_len > config.ctx_len: raise UserError(f"the tokenizer gives {tokenizer.ctx_len} positions and the model takes {config.ctx_len}")
 
-# %% ../nbs/12_checkpoint.ipynb #c5ca9066
+# %% ../nbs/12_checkpoint.ipynb #9ed255aa
 def save_model(
     model:CLIP,              # any mode, any device
     tokenizer:BPETokenizer,  # that the model was trained with
@@ -65,7 +65,7 @@ def save_model(
     if model.config.text_tower == "transformer": write_json(folder/"open_clip_config.json", open_clip_config(model.config))
     else: (folder/"open_clip_config.json").unlink(missing_ok=True) # of a model that stood here before
 
-# %% ../nbs/12_checkpoint.ipynb #9c7c34fb
+# %% ../nbs/12_checkpoint.ipynb #e81f9c53
 def misfit(
     found:dict,  # state dict from a file
     wanted:dict, # state dict of the model
@@ -76,7 +76,7 @@ def misfit(
     first = lambda names: ", ".join(names[:3]) + (f" and {len(names)-3} more" if len(names) > 3 else "")
     return "; ".join(f"{kind}: {first(names)}" for kind,names in groups.items() if names)
 
-# %% ../nbs/12_checkpoint.ipynb #9492953b
+# %% ../nbs/12_checkpoint.ipynb #436b1d4a
 def read_config(
     folder:Path, # with a config.json
 )->CLIPConfig:
@@ -93,7 +93,7 @@ def read_config(
     try: return CLIPConfig(**values | dict(vision_layers=tuple(values["vision_layers"])))
     except (TypeError, ValueError) as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../nbs/12_checkpoint.ipynb #16ec08a0
+# %% ../nbs/12_checkpoint.ipynb #14bc8dd9
 def read_weights(
     folder:Path, # with an open_clip_model.safetensors
     model:CLIP,  # gets the weights
@@ -107,7 +107,7 @@ def read_weights(
     if wrong: raise UserError(f"{path} does not fit config.json: {wrong}")
     model.load_state_dict(from_released(state))
 
-# %% ../nbs/12_checkpoint.ipynb #2ea39c2f
+# %% ../nbs/12_checkpoint.ipynb #d750e00e
 def load(
     name_or_path:str|Path, # a folder that training wrote
 )->tuple[CLIP, v2.Compose, BPETokenizer]: # model in evaluation mode, preprocess for PIL images, tokenizer

@@ -69,6 +69,18 @@ def test_chapter_reads_without_running(path):
     assert path.stat().st_size < 1_000_000
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1]/"nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_imports_stand_alone(path):
+    "The docs build runs every cell that holds an import: such a cell must not need what other cells define."
+    for cell in json.loads(path.read_text())["cells"]:
+        lines = [line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#")]
+        imports = [line for line in lines if re.match(r"\s*(import|from) ", line)]
+        if cell["cell_type"] != "code" or not imports: continue
+        others = [line for line in lines if line not in imports and not line.startswith("warnings.")]
+        assert not others, f"an import and other code in one cell: {others[0]}"
+        assert not any(re.match(r"from \S+ import \*", line) for line in imports)
+
+
 def closure(requirements):
     "Names of the distributions that these requirements install, extras left out."
     found, todo = set(), list(requirements)
