@@ -37,7 +37,7 @@ export: $(VENV)/dev-ok
 	$(BIN)/nbdev_clean
 
 readme: $(VENV)/dev-ok
-	$(BIN)/python -m nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	$(BIN)/python -m nbconvert --log-level ERROR --no-input --to markdown --output-dir . --output README nbs/index.ipynb
 	sed -i.old -E 's#\]\(([0-9]{2}_)#](nbs/\1#g' README.md && rm README.md.old
 
 test: $(VENV)/dev-ok
