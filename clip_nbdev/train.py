@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'FLOOR_HELP', 'TrainConfig', 'check', 'parameter_groups', 
            'Source', 'make_source', 'retrieval_recall', 'evaluate', 'Meter', 'resolve', 'Trainer', 'share_done',
            'describe', 'train', 'finish', 'result_tables', 'draw_figures', 'write_report', 'one_line', 'main']
 
-# %% ../nbs/13_train.ipynb #318501d8
+# %% ../nbs/13_train.ipynb #99594d67
 import json
 import math
 import os
@@ -37,7 +37,7 @@ from .retrieval import embed_pairs, recall_at
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/13_train.ipynb #423c6b8a
+# %% ../nbs/13_train.ipynb #73d3efff
 @dataclass
 class TrainConfig:
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -70,10 +70,10 @@ class TrainConfig:
     image_col:str="filepath"                                             # column of the image paths in a table
     caption_col:str="caption"                                            # column of the captions in a table
 
-# %% ../nbs/13_train.ipynb #30597ef5
+# %% ../nbs/13_train.ipynb #e47ff4d0
 RECIPES = dict(glyphs=dict(lr=4e-3, batch_size=256), photos=dict(lr=1e-3, batch_size=128), tiny=dict(lr=2e-3, batch_size=128))
 
-# %% ../nbs/13_train.ipynb #c00e8b2e
+# %% ../nbs/13_train.ipynb #f048aa05
 def check(cfg:TrainConfig):
     "Raise UserError for options that contradict each other, before anything long begins."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -93,7 +93,7 @@ def check(cfg:TrainConfig):
     if (cfg.out/"config.json").exists() and not cfg.overwrite:
         raise UserError(f"{cfg.out} already holds a run: choose another --out, or replace it with --overwrite")
 
-# %% ../nbs/13_train.ipynb #f354e31a
+# %% ../nbs/13_train.ipynb #2bdbe11c
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -103,7 +103,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/13_train.ipynb #9ecec5b5
+# %% ../nbs/13_train.ipynb #747d0e37
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -113,7 +113,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/13_train.ipynb #6d54d27f
+# %% ../nbs/13_train.ipynb #56b0236b
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -131,7 +131,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/13_train.ipynb #d153a92d
+# %% ../nbs/13_train.ipynb #948994c5
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -140,7 +140,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if bf16_is_faster() else "no"
 
-# %% ../nbs/13_train.ipynb #4c5cf7d1
+# %% ../nbs/13_train.ipynb #b6537b51
 @dataclass
 class Source:
     "Where batches come from."
@@ -149,7 +149,7 @@ class Source:
     n_pairs:int|None     # pairs in an epoch, None for endless data
     position:object      # GlyphPairs or PairStream
 
-# %% ../nbs/13_train.ipynb #6abe106d
+# %% ../nbs/13_train.ipynb #958e6190
 def make_source(
     cfg:TrainConfig, # options
     img_size:int,    # side of the pictures
@@ -171,7 +171,7 @@ def make_source(
     if n_pairs < cfg.batch_size*world: raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: lower --batch-size")
     return Source(iter(pair_loader(stream, cfg.batch_size, cfg.workers)), texts, n_pairs, stream)
 
-# %% ../nbs/13_train.ipynb #c9a9b843
+# %% ../nbs/13_train.ipynb #6cd8154d
 def retrieval_recall(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -182,7 +182,7 @@ def retrieval_recall(
     recalls = recall_at(*embed_pairs(model, tokenizer, pair_loader(stream, 256)))
     return recalls | dict(n_images=int(stream.counts[0]), broken_images=int(stream.counts[1]))
 
-# %% ../nbs/13_train.ipynb #8276fe17
+# %% ../nbs/13_train.ipynb #8cd0d9e6
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -197,14 +197,14 @@ def evaluate(
     if cfg.eval_data: out["retrieval"] = retrieval_recall(cfg, model, tokenizer)
     return out
 
-# %% ../nbs/13_train.ipynb #c6eeaef4
+# %% ../nbs/13_train.ipynb #986add51
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high or too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: overfit_one_batch(model, images, tokens) tells a bug from too little data"""
 
-# %% ../nbs/13_train.ipynb #6313d544
+# %% ../nbs/13_train.ipynb #4eaddce0
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, folder:Path, total:float, n_pairs:int, show:bool): # run folder, steps or seconds in all, pairs a step, first process?
@@ -232,7 +232,7 @@ class Meter:
             self.said = time.monotonic()
             print(f"step {step}: {state}", flush=True)
 
-# %% ../nbs/13_train.ipynb #f0ed16ac
+# %% ../nbs/13_train.ipynb #fef5990b
 def resolve(cfg:TrainConfig)->TrainConfig:
     "The options with every default worked out, as config.json records them. Raises UserError."
     check(cfg)
@@ -244,7 +244,7 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     cfg.threads = cfg.threads or max(1, (os.cpu_count() or 1)//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return cfg
 
-# %% ../nbs/13_train.ipynb #542fe658
+# %% ../nbs/13_train.ipynb #d3cadf99
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self, cfg:TrainConfig):
@@ -285,7 +285,7 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item(), lr=lr)
 
-# %% ../nbs/13_train.ipynb #253e0de1
+# %% ../nbs/13_train.ipynb #1eacb2ca
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -304,7 +304,7 @@ def describe(
             f"of {cfg.threads} thread(s) on {trainer.acc.device}\n"
             f"batch: {cfg.batch_size} pairs a process, {trainer.n_global} a step, each contrasted with {trainer.n_global-1} others")
 
-# %% ../nbs/13_train.ipynb #c9c65231
+# %% ../nbs/13_train.ipynb #1dcf7654
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -333,7 +333,7 @@ def train(
     trainer.acc.wait_for_everyone()
     return last
 
-# %% ../nbs/13_train.ipynb #e4118cad
+# %% ../nbs/13_train.ipynb #c9aefa97
 def finish(
     trainer:Trainer,     # after its last step
     meter:Meter,         # that has the file
@@ -351,7 +351,7 @@ def finish(
     write_report(cfg, trainer.model, trainer.tokenizer, last, losses)
     return last
 
-# %% ../nbs/13_train.ipynb #e4e66014
+# %% ../nbs/13_train.ipynb #b4bd8e0d
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -388,7 +388,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/13_train.ipynb #54f67c0a
+# %% ../nbs/13_train.ipynb #457c16e9
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained
@@ -407,7 +407,7 @@ def write_report(
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
 
-# %% ../nbs/13_train.ipynb #0a541022
+# %% ../nbs/13_train.ipynb #e1dfd98a
 def one_line(
     error:UserError, # raised here or in a process that reads data
 )->str:
@@ -427,5 +427,5 @@ def main():
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #4ae936fa
+# %% ../nbs/13_train.ipynb #61652068
 if __name__ == "__main__" and "__file__" in globals(): main()
