@@ -41,7 +41,7 @@ readme: $(VENV)/dev-ok
 	sed -i.old -E 's#\]\(([0-9]{2}_)#](nbs/\1#g' README.md && rm README.md.old
 
 test: $(VENV)/dev-ok
-	$(BIN)/python -m pyflakes clip_nbdev tests benchmarks
+	$(BIN)/python -m pyflakes clip_nbdev tests
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers $(CORES)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/python -m pytest -q tests
 
