@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOGIT_SCALE_INIT', 'MAX_SCALE', 'clip_loss', 'ClipLoss', 'in_batch_accuracy', 'overfit_one_batch']
 
-# %% ../nbs/10_loss.ipynb #fd321cc6
+# %% ../nbs/10_loss.ipynb #c96e137e
 import math
 
 import torch
@@ -16,11 +16,11 @@ from torch.distributed.nn.functional import all_gather
 
 from .core import progress
 
-# %% ../nbs/10_loss.ipynb #dcdd2fb0
+# %% ../nbs/10_loss.ipynb #1fd4cef2
 LOGIT_SCALE_INIT = math.log(1/0.07) # of `logit_scale`, the learned logarithm
 MAX_SCALE = 100.                    # of its exponential
 
-# %% ../nbs/10_loss.ipynb #b87a8d28
+# %% ../nbs/10_loss.ipynb #526ba768
 def clip_loss(
     img_emb:Tensor, # (B, E) image embeddings of length 1
     txt_emb:Tensor, # (B, E) text embeddings of length 1; row i belongs to image i
@@ -33,7 +33,7 @@ def clip_loss(
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-# %% ../nbs/10_loss.ipynb #d0528fa6
+# %% ../nbs/10_loss.ipynb #c78f6936
 class ClipLoss(nn.Module):
     "`clip_loss` over the pairs of all processes: embeddings are gathered with their gradients, so every pair is contrasted with every other."
     def forward(self,
@@ -45,7 +45,7 @@ class ClipLoss(nn.Module):
             img_emb,txt_emb = (torch.cat(all_gather(emb.contiguous())) for emb in (img_emb, txt_emb))
         return clip_loss(img_emb, txt_emb, scale)
 
-# %% ../nbs/10_loss.ipynb #16737dd3
+# %% ../nbs/10_loss.ipynb #a4b36c0a
 def in_batch_accuracy(
     img_emb:Tensor, # (B, E) length 1
     txt_emb:Tensor, # (B, E) length 1
@@ -54,7 +54,7 @@ def in_batch_accuracy(
     nearest = (img_emb @ txt_emb.T).argmax(1)
     return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
 
-# %% ../nbs/10_loss.ipynb #a055b99d
+# %% ../nbs/10_loss.ipynb #db5c099e
 def overfit_one_batch(
     model:nn.Module, # gives (img_emb, txt_emb, scale) for (images, tokens); trained in place
     images:Tensor,   # (B, ...) one batch
