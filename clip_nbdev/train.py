@@ -8,7 +8,7 @@ __all__ = ['RUN_FILES', 'RECIPES', 'FLOOR_HELP', 'TrainConfig', 'check', 'parame
            'Trainer', 'share_done', 'describe', 'train', 'finish', 'result_tables', 'draw_figures', 'write_report',
            'one_line', 'main']
 
-# %% ../nbs/13_train.ipynb #a9e6bba3
+# %% ../nbs/13_train.ipynb #c1861d9a
 import json
 import math
 import os
@@ -37,7 +37,7 @@ from .retrieval import embed_pairs, recall_at
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/13_train.ipynb #89457f91
+# %% ../nbs/13_train.ipynb #491a084d
 @dataclass
 class TrainConfig:
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -70,12 +70,12 @@ class TrainConfig:
     image_col:str="filepath"                                             # column of the image paths in a table
     caption_col:str="caption"                                            # column of the captions in a table
 
-# %% ../nbs/13_train.ipynb #1186e87c
+# %% ../nbs/13_train.ipynb #eb3a7c2a
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures"} # all that a run folder holds, and all that --overwrite replaces
 RECIPES = dict(glyphs=dict(lr=4e-3, batch_size=256), photos=dict(lr=1e-3, batch_size=128), tiny=dict(lr=2e-3, batch_size=128))
 
-# %% ../nbs/13_train.ipynb #7612966a
+# %% ../nbs/13_train.ipynb #b1d36071
 def check(cfg:TrainConfig):
     "Raise UserError for options that contradict each other, before anything long begins."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -100,7 +100,7 @@ def check(cfg:TrainConfig):
     if held - RUN_FILES: raise UserError(f"{cfg.out} holds files of something else ({min(held - RUN_FILES)}): choose another --out")
     if held and not cfg.overwrite: raise UserError(f"{cfg.out} already holds a run: choose another --out, or replace it with --overwrite")
 
-# %% ../nbs/13_train.ipynb #14a7c42c
+# %% ../nbs/13_train.ipynb #eaecff4d
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -110,7 +110,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/13_train.ipynb #253f24a1
+# %% ../nbs/13_train.ipynb #7799a5b5
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -120,7 +120,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/13_train.ipynb #8339f7b9
+# %% ../nbs/13_train.ipynb #bfca651c
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -139,7 +139,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/13_train.ipynb #e1bb6cab
+# %% ../nbs/13_train.ipynb #64746c07
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -148,7 +148,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/13_train.ipynb #fc881351
+# %% ../nbs/13_train.ipynb #730bcb94
 @dataclass
 class Source:
     "Where batches come from."
@@ -157,7 +157,7 @@ class Source:
     n_pairs:int|None     # pairs in an epoch, None for endless data
     position:object      # GlyphPairs or PairStream
 
-# %% ../nbs/13_train.ipynb #1cfa5cf7
+# %% ../nbs/13_train.ipynb #23d27fd7
 def make_source(
     cfg:TrainConfig, # options
     img_size:int,    # side of the pictures
@@ -179,7 +179,7 @@ def make_source(
     if n_pairs < cfg.batch_size*world: raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: lower --batch-size")
     return Source(iter(pair_loader(stream, cfg.batch_size, cfg.workers)), texts, n_pairs, stream)
 
-# %% ../nbs/13_train.ipynb #42b192af
+# %% ../nbs/13_train.ipynb #82f03007
 def retrieval_recall(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -190,7 +190,7 @@ def retrieval_recall(
     recalls = recall_at(*embed_pairs(model, tokenizer, pair_loader(stream, 256)))
     return recalls | dict(n_images=int(stream.counts[0]), broken_images=int(stream.counts[1]))
 
-# %% ../nbs/13_train.ipynb #e06b57b0
+# %% ../nbs/13_train.ipynb #69484ebb
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -205,14 +205,14 @@ def evaluate(
     if cfg.eval_data: out["retrieval"] = retrieval_recall(cfg, model, tokenizer)
     return out
 
-# %% ../nbs/13_train.ipynb #dd40cba2
+# %% ../nbs/13_train.ipynb #5bb765ee
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high, or far too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: clip_nbdev.loss.overfit_one_batch tells a bug from too little data"""
 
-# %% ../nbs/13_train.ipynb #43d85f22
+# %% ../nbs/13_train.ipynb #e9a26c04
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, folder:Path, total:float, n_pairs:int, show:bool): # run folder, steps or seconds in all, pairs a step, first process?
@@ -240,7 +240,7 @@ class Meter:
             self.said = time.monotonic()
             print(f"step {step}: {state}", flush=True)
 
-# %% ../nbs/13_train.ipynb #fb0c4839
+# %% ../nbs/13_train.ipynb #18c8d0f3
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -258,7 +258,7 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     cfg.precision = pick_precision(cfg.precision)
     return cfg
 
-# %% ../nbs/13_train.ipynb #69099159
+# %% ../nbs/13_train.ipynb #be804745
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self, cfg:TrainConfig):
@@ -299,7 +299,7 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item(), lr=lr)
 
-# %% ../nbs/13_train.ipynb #161b8528
+# %% ../nbs/13_train.ipynb #7e2b2a4c
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -318,7 +318,7 @@ def describe(
             f"of {cfg.threads} thread(s) on {trainer.acc.device}\n"
             f"batch: {cfg.batch_size} pairs a process, {trainer.n_global} a step, each contrasted with {trainer.n_global-1} others")
 
-# %% ../nbs/13_train.ipynb #25b77a26
+# %% ../nbs/13_train.ipynb #b64004c8
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -349,7 +349,7 @@ def train(
     trainer.acc.wait_for_everyone()
     return last
 
-# %% ../nbs/13_train.ipynb #1b9dc6ab
+# %% ../nbs/13_train.ipynb #28405aba
 def finish(
     trainer:Trainer,     # after its last step
     meter:Meter,         # that has the file
@@ -367,7 +367,7 @@ def finish(
     write_report(cfg, trainer.model, trainer.tokenizer, last, losses)
     return last
 
-# %% ../nbs/13_train.ipynb #51a6c1e9
+# %% ../nbs/13_train.ipynb #e2831c3e
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -404,7 +404,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/13_train.ipynb #32495dd6
+# %% ../nbs/13_train.ipynb #ee530f79
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained
@@ -423,7 +423,7 @@ def write_report(
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
 
-# %% ../nbs/13_train.ipynb #563062ce
+# %% ../nbs/13_train.ipynb #d0efe286
 def one_line(
     error:UserError, # raised here or in a process that reads data
 )->str:
@@ -444,5 +444,5 @@ def main():
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #9f610dec
+# %% ../nbs/13_train.ipynb #a849925a
 if __name__ == "__main__" and "__file__" in globals(): main()
