@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_clip_config', 'write_json', 'check_tokenizer', 'save_model', 'misfit', 'read_config', 'read_weights', 'load']
 
-# %% ../nbs/12_checkpoint.ipynb #0b8093db
+# %% ../nbs/12_checkpoint.ipynb #df4fcf07
 import json
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -19,19 +19,21 @@ from .core import UserError
 from .data import MEAN, STD, image_transform
 from .tokenizer import BPETokenizer
 
-# %% ../nbs/12_checkpoint.ipynb #00246da1
+# %% ../nbs/12_checkpoint.ipynb #f4f40c36
 def open_clip_config(
     config:CLIPConfig, # of our model
 )->dict:               # contents of open_clip_config.json
     "The same architecture in open_clip's words. Raises UserError for a tower that open_clip does not have."
     if config.text_tower != "transformer": raise UserError(f"open_clip has no text tower of kind {config.text_tower!r}")
-    vision = dict(image_size=config.img_size, layers=list(config.vision_layers), width=config.vision_width)
+    layers = config.vision_layers if config.patch_size else list(config.vision_layers)
+    vision = dict(image_size=config.img_size, layers=layers, width=config.vision_width, head_width=config.vision_head_width)
+    if config.patch_size: vision["patch_size"] = config.patch_size
     text = dict(context_length=config.ctx_len, vocab_size=config.vocab_size, width=config.text_width, heads=config.text_heads,
                 layers=config.text_layers, hf_tokenizer_name=".")
     preprocess = dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest")
-    return dict(model_cfg=dict(embed_dim=config.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True), preprocess_cfg=preprocess)
+    return dict(model_cfg=dict(embed_dim=config.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=config.quick_gelu), preprocess_cfg=preprocess)
 
-# %% ../nbs/12_checkpoint.ipynb #33296ce4
+# %% ../nbs/12_checkpoint.ipynb #7c2087cb
 def write_json(
     path:Path,   # where to
     values:dict, # what
@@ -47,7 +49,7 @@ def check_tokenizer(
     if len(tokenizer) != config.vocab_size: raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}")
     if tokenizer.ctx_len > config.ctx_len: raise UserError(f"the tokenizer gives {tokenizer.ctx_len} positions and the model takes {config.ctx_len}")
 
-# %% ../nbs/12_checkpoint.ipynb #9ed255aa
+# %% ../nbs/12_checkpoint.ipynb #c8b8379a
 def save_model(
     model:CLIP,              # any mode, any device
     tokenizer:BPETokenizer,  # that the model was trained with
@@ -65,7 +67,7 @@ def save_model(
     if model.config.text_tower == "transformer": write_json(folder/"open_clip_config.json", open_clip_config(model.config))
     else: (folder/"open_clip_config.json").unlink(missing_ok=True) # of a model that stood here before
 
-# %% ../nbs/12_checkpoint.ipynb #e81f9c53
+# %% ../nbs/12_checkpoint.ipynb #85fe616a
 def misfit(
     found:dict,  # state dict from a file
     wanted:dict, # state dict of the model
@@ -76,7 +78,7 @@ def misfit(
     first = lambda names: ", ".join(names[:3]) + (f" and {len(names)-3} more" if len(names) > 3 else "")
     return "; ".join(f"{kind}: {first(names)}" for kind,names in groups.items() if names)
 
-# %% ../nbs/12_checkpoint.ipynb #436b1d4a
+# %% ../nbs/12_checkpoint.ipynb #a06b1d26
 def read_config(
     folder:Path, # with a config.json
 )->CLIPConfig:
@@ -90,10 +92,11 @@ def read_config(
     missing = [f.name for f in fields(CLIPConfig) if f.default is MISSING and f.name not in values]
     unknown = [k for k in values if k not in names]
     if missing or unknown: raise UserError(f"{path}: missing fields {missing}, unknown fields {unknown}: was it written by another version?")
-    try: return CLIPConfig(**values | dict(vision_layers=tuple(values["vision_layers"])))
+    layers = values["vision_layers"]
+    try: return CLIPConfig(**values | dict(vision_layers=tuple(layers) if isinstance(layers, list) else layers))
     except (TypeError, ValueError) as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../nbs/12_checkpoint.ipynb #14bc8dd9
+# %% ../nbs/12_checkpoint.ipynb #e931ee72
 def read_weights(
     folder:Path, # with an open_clip_model.safetensors
     model:CLIP,  # gets the weights
@@ -107,7 +110,7 @@ def read_weights(
     if wrong: raise UserError(f"{path} does not fit config.json: {wrong}")
     model.load_state_dict(from_released(state))
 
-# %% ../nbs/12_checkpoint.ipynb #d750e00e
+# %% ../nbs/12_checkpoint.ipynb #9b49f3ad
 def load(
     name_or_path:str|Path, # a folder that training wrote
 )->tuple[CLIP, v2.Compose, BPETokenizer]: # model in evaluation mode, preprocess for PIL images, tokenizer

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['Bottleneck', 'stage', 'AttentionPool2d', 'ModifiedResNet']
 
-# %% ../nbs/07_resnet.ipynb #3767e8c5
+# %% ../nbs/07_resnet.ipynb #acef98b1
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/07_resnet.ipynb #94379cf1
+from .transformer import attend_once
+
+# %% ../nbs/07_resnet.ipynb #f4aa4875
 class Bottleneck(nn.Module):
     "A residual block whose strided convolutions are replaced by average pooling before a plain one (ResNet-D, rect-2 blur)."
     expansion = 4
@@ -41,7 +43,7 @@ class Bottleneck(nn.Module):
         y = self.bn3(self.conv3(self.avgpool(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
-# %% ../nbs/07_resnet.ipynb #e9b4cd46
+# %% ../nbs/07_resnet.ipynb #692ca090
 def stage(
     n_in:int,     # channels in
     planes:int,   # channels of the blocks' narrow part; 4 times as many come out
@@ -53,7 +55,7 @@ def stage(
     for block in blocks: nn.init.zeros_(block.bn3.weight)
     return nn.Sequential(*blocks)
 
-# %% ../nbs/07_resnet.ipynb #684894d0
+# %% ../nbs/07_resnet.ipynb #b7c73df1
 class AttentionPool2d(nn.Module):
     "One layer of attention whose only query is the mean of the feature map (section 2.4)."
     def __init__(self,
@@ -71,18 +73,12 @@ class AttentionPool2d(nn.Module):
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.c_proj): nn.init.normal_(proj.weight, std=width**-0.5)
 
     def forward(self, x:Tensor)->Tensor: # (B, D, side, side) -> (B, E)
-        by_head = lambda rows: rows.unflatten(0, (self.n_heads, -1))
         x = x.flatten(2).transpose(1, 2)                                            # (B, P, D)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # (B, 1+P, D)
-        q = self.q_proj(x[:,0]).unflatten(1, (self.n_heads, -1))                    # (B, heads, d)
-        q = q * q.shape[-1]**-0.5
-        wanted = torch.einsum("bhd,hdc->bhc", q, by_head(self.k_proj.weight))       # (B, heads, D): the query, seen from before the keys
-        scores = wanted @ x.mT + (q*by_head(self.k_proj.bias)).sum(-1, keepdim=True)
-        found = scores.softmax(-1) @ x                                              # (B, heads, D): averaged before the values
-        y = torch.einsum("bhc,hdc->bhd", found, by_head(self.v_proj.weight)).flatten(1) + self.v_proj.bias
-        return self.c_proj(y)
+        k,v = self.k_proj,self.v_proj
+        return self.c_proj(attend_once(self.q_proj(x[:,0]), x, k.weight, k.bias, v.weight, v.bias, self.n_heads))
 
-# %% ../nbs/07_resnet.ipynb #07158435
+# %% ../nbs/07_resnet.ipynb #64533bcd
 class ModifiedResNet(nn.Module):
     "CLIP's image tower of the ResNet family: a three-convolution stem, blur pooling, attention pooling. Raises ValueError for a size it cannot halve."
     def __init__(self,

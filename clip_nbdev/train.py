@@ -6,9 +6,9 @@
 __all__ = ['RUN_FILES', 'RECIPES', 'FLOOR_HELP', 'TrainConfig', 'check', 'parameter_groups', 'lr_at', 'bf16_is_faster',
            'pick_precision', 'Source', 'make_source', 'retrieval_recall', 'evaluate', 'Meter', 'n_cores', 'resolve',
            'Trainer', 'share_done', 'describe', 'train', 'finish', 'result_tables', 'draw_figures', 'write_report',
-           'one_line', 'main']
+           'one_line', 'main', 'trial', 'trial_scores']
 
-# %% ../nbs/13_train.ipynb #c1861d9a
+# %% ../nbs/13_train.ipynb #35745fa9
 import json
 import math
 import os
@@ -29,15 +29,16 @@ from torch import nn
 
 from .checkpoint import save_model
 from .clip import PRESETS, CLIP, create_model
-from .core import UserError, hardware, progress, seed_all, set_style
+from .core import UserError, evaluating, hardware, progress, seed_all, set_style
 from .data import PairStream, image_transform, normalize, open_pairs, pair_loader
 from .glyphs import SUITE, GlyphPairs, eval_set, repeated
-from .loss import MAX_SCALE, ClipLoss, in_batch_accuracy
+from .loss import MAX_SCALE, ClipLoss, clip_loss, in_batch_accuracy
 from .retrieval import embed_pairs, recall_at
+from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/13_train.ipynb #491a084d
+# %% ../nbs/13_train.ipynb #c4f5a362
 @dataclass
 class TrainConfig:
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -46,6 +47,7 @@ class TrainConfig:
     overwrite:bool=False                                                 # replace a run that is already there
     preset:str|None=None                                                 # model configuration; default glyphs for the glyphs, photos for anything else
     text_tower:Literal["transformer", "bow"]="transformer"               # the causal transformer, or a bag of words (no word order)
+    lm_weight:float=0.0                                                  # weight of a language-model loss on the text tower, which the paper's causal mask leaves room for; 0 for none
     minutes:float|None=None                                              # train so many minutes, set-up and evaluation aside. Give one of --minutes, --steps, --epochs; without any, 9.5 minutes
     steps:int|None=None                                                  # train so many optimiser steps
     epochs:float|None=None                                               # train so many passes over the data
@@ -70,20 +72,21 @@ class TrainConfig:
     image_col:str="filepath"                                             # column of the image paths in a table
     caption_col:str="caption"                                            # column of the captions in a table
 
-# %% ../nbs/13_train.ipynb #eb3a7c2a
+# %% ../nbs/13_train.ipynb #83332c28
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures"} # all that a run folder holds, and all that --overwrite replaces
 RECIPES = dict(glyphs=dict(lr=4e-3, batch_size=256), photos=dict(lr=1e-3, batch_size=128), tiny=dict(lr=2e-3, batch_size=128))
 
-# %% ../nbs/13_train.ipynb #b1d36071
+# %% ../nbs/13_train.ipynb #78c50194
 def check(cfg:TrainConfig):
     "Raise UserError for options that contradict each other, before anything long begins."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
     if len(given) > 1: raise UserError(f"{' and '.join(given)} contradict each other: give one")
     for k in ("minutes", "steps", "epochs", "batch_size", "lr", "threads", "grad_clip"):
         if getattr(cfg, k) is not None and not 0 < getattr(cfg, k) < math.inf: raise UserError(f"--{k.replace('_','-')} must be a number above 0")
-    for k in ("workers", "warmup", "evals", "weight_decay", "eps"):
+    for k in ("workers", "warmup", "evals", "weight_decay", "eps", "lm_weight"):
         if not getattr(cfg, k) >= 0: raise UserError(f"--{k.replace('_','-')} must not be below 0")
+    if cfg.lm_weight and cfg.text_tower == "bow": raise UserError("--lm-weight needs --text-tower transformer: a bag of words has no next word")
     if not 0 <= cfg.beta2 < 1: raise UserError("--beta2 must be at least 0 and below 1")
     if cfg.batch_size is not None and cfg.batch_size < 2: raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
     if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
@@ -100,7 +103,7 @@ def check(cfg:TrainConfig):
     if held - RUN_FILES: raise UserError(f"{cfg.out} holds files of something else ({min(held - RUN_FILES)}): choose another --out")
     if held and not cfg.overwrite: raise UserError(f"{cfg.out} already holds a run: choose another --out, or replace it with --overwrite")
 
-# %% ../nbs/13_train.ipynb #eaecff4d
+# %% ../nbs/13_train.ipynb #1a459e9d
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -110,7 +113,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/13_train.ipynb #7799a5b5
+# %% ../nbs/13_train.ipynb #918e8d58
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -120,7 +123,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/13_train.ipynb #bfca651c
+# %% ../nbs/13_train.ipynb #9947de44
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -139,7 +142,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/13_train.ipynb #64746c07
+# %% ../nbs/13_train.ipynb #d2ab0ec2
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -148,7 +151,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/13_train.ipynb #730bcb94
+# %% ../nbs/13_train.ipynb #6a9fa513
 @dataclass
 class Source:
     "Where batches come from."
@@ -157,7 +160,7 @@ class Source:
     n_pairs:int|None     # pairs in an epoch, None for endless data
     position:object      # GlyphPairs or PairStream
 
-# %% ../nbs/13_train.ipynb #23d27fd7
+# %% ../nbs/13_train.ipynb #bd633b06
 def make_source(
     cfg:TrainConfig, # options
     img_size:int,    # side of the pictures
@@ -179,7 +182,7 @@ def make_source(
     if n_pairs < cfg.batch_size*world: raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: lower --batch-size")
     return Source(iter(pair_loader(stream, cfg.batch_size, cfg.workers)), texts, n_pairs, stream)
 
-# %% ../nbs/13_train.ipynb #82f03007
+# %% ../nbs/13_train.ipynb #508ee1c2
 def retrieval_recall(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -190,7 +193,7 @@ def retrieval_recall(
     recalls = recall_at(*embed_pairs(model, tokenizer, pair_loader(stream, 256)))
     return recalls | dict(n_images=int(stream.counts[0]), broken_images=int(stream.counts[1]))
 
-# %% ../nbs/13_train.ipynb #69484ebb
+# %% ../nbs/13_train.ipynb #30143929
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -205,14 +208,14 @@ def evaluate(
     if cfg.eval_data: out["retrieval"] = retrieval_recall(cfg, model, tokenizer)
     return out
 
-# %% ../nbs/13_train.ipynb #5bb765ee
+# %% ../nbs/13_train.ipynb #494a7d31
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high, or far too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: clip_nbdev.loss.overfit_one_batch tells a bug from too little data"""
 
-# %% ../nbs/13_train.ipynb #e9a26c04
+# %% ../nbs/13_train.ipynb #a64916f5
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, folder:Path, total:float, n_pairs:int, show:bool): # run folder, steps or seconds in all, pairs a step, first process?
@@ -240,7 +243,7 @@ class Meter:
             self.said = time.monotonic()
             print(f"step {step}: {state}", flush=True)
 
-# %% ../nbs/13_train.ipynb #18c8d0f3
+# %% ../nbs/13_train.ipynb #f1ed31da
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -258,7 +261,7 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     cfg.precision = pick_precision(cfg.precision)
     return cfg
 
-# %% ../nbs/13_train.ipynb #be804745
+# %% ../nbs/13_train.ipynb #7807ce1c
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self, cfg:TrainConfig):
@@ -279,7 +282,7 @@ class Trainer:
         self.n_steps = max(1, round(cfg.epochs*self.source.n_pairs/self.n_global)) if cfg.epochs else cfg.steps
         self.step,self.seconds,self.waited = 0,0.,0.
 
-    def train_step(self, share:float)->dict[str, float]: # loss, accuracy, scale, lr
+    def train_step(self, share:float)->dict[str, float]: # loss, accuracy, scale, lr, and lm_loss where there is one
         "Draw a batch and move the weights; `share` of the training is done. Raises UserError where the loss is no number."
         start,lr = time.perf_counter(),lr_at(self.step, share, self.cfg.lr, self.cfg.warmup)
         images,self.captions = next(self.source.batches)
@@ -290,6 +293,10 @@ class Trainer:
         img_emb,txt_emb,scale = (t.float() for t in out)
         loss = self.loss(img_emb, txt_emb, scale)
         if not math.isfinite(loss.item()): raise UserError(f"the loss is {loss.item()} at step {self.step+1}: lower --lr, or use --precision no")
+        values = dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item(), lr=lr)
+        if self.cfg.lm_weight:
+            with self.acc.autocast(): lm = lm_loss(self.model.text, tokens.to(self.acc.device))
+            loss,values["lm_loss"] = loss + self.cfg.lm_weight*lm,lm.item()
         self.optimizer.zero_grad()
         self.acc.backward(loss)
         self.acc.clip_grad_norm_(self.wrapped.parameters(), self.cfg.grad_clip)
@@ -297,9 +304,9 @@ class Trainer:
         with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
         self.step += 1
         self.seconds += time.perf_counter() - start
-        return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item(), lr=lr)
+        return values
 
-# %% ../nbs/13_train.ipynb #7e2b2a4c
+# %% ../nbs/13_train.ipynb #1ad0ce7d
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -318,7 +325,7 @@ def describe(
             f"of {cfg.threads} thread(s) on {trainer.acc.device}\n"
             f"batch: {cfg.batch_size} pairs a process, {trainer.n_global} a step, each contrasted with {trainer.n_global-1} others")
 
-# %% ../nbs/13_train.ipynb #b64004c8
+# %% ../nbs/13_train.ipynb #0a241d25
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -349,7 +356,7 @@ def train(
     trainer.acc.wait_for_everyone()
     return last
 
-# %% ../nbs/13_train.ipynb #28405aba
+# %% ../nbs/13_train.ipynb #7a1e2025
 def finish(
     trainer:Trainer,     # after its last step
     meter:Meter,         # that has the file
@@ -367,7 +374,7 @@ def finish(
     write_report(cfg, trainer.model, trainer.tokenizer, last, losses)
     return last
 
-# %% ../nbs/13_train.ipynb #e2831c3e
+# %% ../nbs/13_train.ipynb #b0df4ae9
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -404,7 +411,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/13_train.ipynb #ee530f79
+# %% ../nbs/13_train.ipynb #7743c18a
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained
@@ -423,7 +430,7 @@ def write_report(
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
 
-# %% ../nbs/13_train.ipynb #d0efe286
+# %% ../nbs/13_train.ipynb #33e53b96
 def one_line(
     error:UserError, # raised here or in a process that reads data
 )->str:
@@ -444,5 +451,51 @@ def main():
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #a849925a
+# %% ../nbs/13_train.ipynb #7dafff35
 if __name__ == "__main__" and "__file__" in globals(): main()
+
+# %% ../nbs/13_train.ipynb #0cec9252
+def trial(
+    build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
+    seed:int=0,            # weights and pairs
+    steps:int=800,         # optimiser steps
+    batch_size:int=128,    # pairs a step
+    lr:float=3e-3,         # peak learning rate
+    lm_weight:float=0.,    # of a language-model loss beside the contrastive one
+    scenes:float=0.,       # share of pictures with several glyphs
+    names:tuple[str, ...]=("symbols", "cards_unseen", "dominoes_unseen"), # evaluation sets
+)->dict:                   # loss on fresh pairs, accuracies, and lm_loss where there is one
+    "One short training on the glyph corpus, for comparing models: same pairs, same schedule, another model."
+    seed_all(seed)
+    vocabulary = GlyphPairs(32, scenes=scenes).batch(4000)[1]
+    tokenizer = BPETokenizer.train(vocabulary, 2000, ctx_len=40)
+    model = build(len(tokenizer)).train()
+    pairs = GlyphPairs(model.config.img_size, scenes=scenes, seed=seed)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    for step in progress(range(steps), desc=f"trial, seed {seed}"):
+        for group in optimizer.param_groups: group["lr"] = lr_at(step, step/steps, lr, 60)
+        images,captions = pairs.batch(batch_size)
+        tokens = tokenizer(captions, truncate=True)
+        loss = clip_loss(*model(normalize(images), tokens))
+        if lm_weight: loss = loss + lm_weight*lm_loss(model.text, tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        with torch.no_grad(): model.logit_scale.clamp_(max=math.log(MAX_SCALE))
+    return trial_scores(model, tokenizer, GlyphPairs(model.config.img_size, scenes=scenes, seed=1234), batch_size, bool(lm_weight)) | evaluate_suite(model, tokenizer, model.config.img_size, names)
+
+def trial_scores(
+    model:CLIP,             # trained
+    tokenizer:BPETokenizer, # of the model
+    pairs:GlyphPairs,       # that it has not seen
+    batch_size:int,         # pairs that are contrasted
+    lm:bool=False,          # measure the language-model loss too
+)->dict:                    # loss in nats, lm_loss in nats a token
+    "Losses over ten batches of fresh pairs."
+    batches = [pairs.batch(batch_size) for _ in range(10)]
+    with evaluating(model):
+        tokens = [tokenizer(captions, truncate=True) for _,captions in batches]
+        out = dict(loss=sum(clip_loss(*model(normalize(images), t)).item() for (images,_),t in zip(batches, tokens))/10)
+        if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
+    return out
