@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'PAPER', 'UserError', 'seed_all', 'default_device', 'evaluating', 'progress', 'set_style', 'data_dir',
            'results_dir', 'hardware', 'commit', 'save_result', 'load_result', 'count_ops']
 
-# %% ../nbs/01_core.ipynb #e8cc6aed
+# %% ../nbs/01_core.ipynb #95f0bd6d
 import json
 import os
 import platform
@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# %% ../nbs/01_core.ipynb #2f61986d
+# %% ../nbs/01_core.ipynb #b91c555d
 class UserError(ValueError):
     "A mistake that the user can mend; the message says what is wrong, where, and what to do."
 
-# %% ../nbs/01_core.ipynb #8c48553f
+# %% ../nbs/01_core.ipynb #3fd9dcd2
 def seed_all(
     seed:int=42, # any integer
 ):
@@ -35,14 +35,14 @@ def seed_all(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/01_core.ipynb #1c5b7596
+# %% ../nbs/01_core.ipynb #de9e79bb
 def default_device()->torch.device: # cuda, then Apple's mps, then cpu
     "The fastest device at hand."
     if torch.cuda.is_available(): return torch.device("cuda")
     if torch.backends.mps.is_available(): return torch.device("mps")
     return torch.device("cpu")
 
-# %% ../nbs/01_core.ipynb #0914d2eb
+# %% ../nbs/01_core.ipynb #7d950615
 class evaluating:
     "Context manager: put modules into evaluation mode without gradients, and give each its old mode back."
     def __init__(self, *modules:nn.Module): self.modules = modules
@@ -55,7 +55,7 @@ class evaluating:
         self.no_grad.__exit__(*exc)
         for m,training in self.was: m.training = training
 
-# %% ../nbs/01_core.ipynb #afad12e9
+# %% ../nbs/01_core.ipynb #e7a858e4
 def progress(
     items=None,     # an iterable, or None for a bar that is moved by hand
     total:int=None, # number of steps, where `items` has no length
@@ -66,7 +66,7 @@ def progress(
     kwargs = dict(leave=False, disable=None, dynamic_ncols=True) | kwargs
     return tqdm(items, total=total, desc=desc, **kwargs)
 
-# %% ../nbs/01_core.ipynb #5d204cdd
+# %% ../nbs/01_core.ipynb #32b1e212
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000") # Okabe and Ito
 PAPER = dict(color="0.55", linestyle="--") # the paper's values: grey and dashed
 
@@ -77,13 +77,13 @@ def set_style():
         "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 100, "figure.figsize": (6, 3.5), "savefig.bbox": "tight",
         "font.size": 10, "legend.frameon": False, "svg.hashsalt": "clip_nbdev"})
 
-# %% ../nbs/01_core.ipynb #f9206eaa
+# %% ../nbs/01_core.ipynb #3a45f338
 def data_dir()->Path|None: # None where the variable is not set or names no folder
     "The folder of real data sets, named by the environment variable `CLIP_NBDEV_DATA`."
     path = os.environ.get("CLIP_NBDEV_DATA")
     return Path(path) if path and Path(path).is_dir() else None
 
-# %% ../nbs/01_core.ipynb #99b1c3e4
+# %% ../nbs/01_core.ipynb #3aa8f953
 def results_dir()->Path: # nbs/results, made where it's missing
     "The folder of result files. Raises UserError outside a checkout of the project."
     for folder in (Path.cwd(), *Path.cwd().parents):
@@ -93,7 +93,7 @@ def results_dir()->Path: # nbs/results, made where it's missing
             return nbs/"results"
     raise UserError("nbs/results not found: run this inside a checkout of clip_nbdev")
 
-# %% ../nbs/01_core.ipynb #b939400d
+# %% ../nbs/01_core.ipynb #fd8edf2d
 def hardware()->str: # for example "2 x AMD EPYC 7763", or "NVIDIA H200"
     "The machine in words, for result files."
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
@@ -104,7 +104,7 @@ def hardware()->str: # for example "2 x AMD EPYC 7763", or "NVIDIA H200"
         name = models[0] if models else name
     return f"{os.cpu_count()} x {name}"
 
-# %% ../nbs/01_core.ipynb #1c8d10fe
+# %% ../nbs/01_core.ipynb #d36b1a0d
 def commit()->str|None: # "db659f6", "db659f6-dirty" where files differ from it, None where git doesn't know
     "The commit that a result comes from."
     try: git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True)
@@ -130,7 +130,7 @@ def load_result(
     if not path.exists(): raise UserError(f"no result {path}: run the chapter's `slow` cell that writes it")
     return json.loads(path.read_text(encoding="utf-8"))
 
-# %% ../nbs/01_core.ipynb #f4f5e944
+# %% ../nbs/01_core.ipynb #4276bd35
 def count_ops(
     fn,      # a module or a function
     *inputs, # what it is called with, meta tensors too

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['eos_position', 'length_slices', 'TextTransformer', 'lm_loss', 'BagOfWords']
 
-# %% ../nbs/09_text.ipynb #87ad1e37
+# %% ../nbs/09_text.ipynb #b29fe597
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .transformer import QuickGELU, Transformer
 
-# %% ../nbs/09_text.ipynb #d9f47d3a
+# %% ../nbs/09_text.ipynb #8091bc42
 def eos_position(
     tokens:Tensor, # (B, L) ids
     eos_id:int,    # id of [EOS]
@@ -22,7 +22,7 @@ def eos_position(
     if not is_eos.any(1).all(): raise ValueError(f"a text has no [EOS] (id {eos_id}): was it made by another tokenizer?")
     return is_eos.int().argmax(1)
 
-# %% ../nbs/09_text.ipynb #a0b3354d
+# %% ../nbs/09_text.ipynb #e4f25333
 def length_slices(
     end:Tensor,   # (B,) where each text ends
     n_slices:int, # how many, at most
@@ -30,7 +30,7 @@ def length_slices(
     "Split a batch into slices of like length and nearly equal size."
     return list(end.argsort(stable=True).chunk(n_slices))
 
-# %% ../nbs/09_text.ipynb #c7678e5e
+# %% ../nbs/09_text.ipynb #560a4557
 class TextTransformer(nn.Module):
     "CLIP's text tower: a causal transformer, read at [EOS], normalised and projected (section 2.4)."
     def __init__(self,
@@ -49,9 +49,7 @@ class TextTransformer(nn.Module):
         self.transformer = Transformer(width, n_layers, n_heads, causal=True, act=act)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for p,std in ((self.token_embedding.weight, 0.02), (self.positional_embedding, 0.01), (self.text_projection, width**-0.5)): nn.init.normal_(p, std=std)
 
     def embed(self, tokens:Tensor)->Tensor: # (B, L) ids -> (B, L, D)
         "Token and position embeddings, added."
@@ -76,7 +74,7 @@ class TextTransformer(nn.Module):
         emb = torch.cat([self.read(tokens[rows, :int(end[rows].max())+1], end[rows]) for rows in slices])
         return emb[torch.cat(slices).argsort()]
 
-# %% ../nbs/09_text.ipynb #afc91f5c
+# %% ../nbs/09_text.ipynb #0f416b22
 def lm_loss(
     tower:TextTransformer, # any mode
     tokens:Tensor,         # (B, L) ids, L at most ctx_len
@@ -88,7 +86,7 @@ def lm_loss(
     known = torch.arange(states.shape[1], device=tokens.device) < end[:,None] # positions whose next token belongs to the text
     return F.cross_entropy(states[known] @ tower.token_embedding.weight.T, tokens[:,1:][known])
 
-# %% ../nbs/09_text.ipynb #b41a59f1
+# %% ../nbs/09_text.ipynb #b82908b0
 class BagOfWords(nn.Module):
     "The text tower that the paper's pseudo-code also allows (CBOW): the mean of the token embeddings, in which order is lost."
     def __init__(self,

@@ -7,7 +7,7 @@ __all__ = ['END', 'SOS', 'EOS', 'WORDS', 'N_OPENAI_MERGES', 'byte_chars', 'clean
            'learn_merges', 'BPE', 'decode_pieces', 'rust_tokenizer', 'read_openai_merges', 'save_tokenizer',
            'read_tokenizer', 'BPETokenizer', 'check_ctx_len', 'fill_rows']
 
-# %% ../nbs/05_tokenizer.ipynb #c416ede4
+# %% ../nbs/05_tokenizer.ipynb #fc802f64
 import gzip
 import html
 import json
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .core import UserError, progress
 
-# %% ../nbs/05_tokenizer.ipynb #9a80d7f0
+# %% ../nbs/05_tokenizer.ipynb #4b6679bc
 @lru_cache
 def byte_chars()->dict[int, str]: # 256 entries, in the order of their token ids
     "A printable character for each byte: printable Latin-1 stands for itself, the other 68 bytes move up past 255."
@@ -35,7 +35,7 @@ def byte_chars()->dict[int, str]: # 256 entries, in the order of their token ids
 END = "</w>" # marks the last symbol of a word
 SOS,EOS = "<|startoftext|>","<|endoftext|>"
 
-# %% ../nbs/05_tokenizer.ipynb #2d0c9567
+# %% ../nbs/05_tokenizer.ipynb #ff1b160a
 def clean(
     text:str, # any text
 )->str:       # lower case, single spaces
@@ -45,7 +45,7 @@ def clean(
     if not plain: text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
-# %% ../nbs/05_tokenizer.ipynb #73b9ba25
+# %% ../nbs/05_tokenizer.ipynb #b1f4f64c
 # ſ and U+0345 stand in the expression for what CLIP's own, which ignores case, does with them
 WORDS = regex.compile(r"'(?:[sſtmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\u0345]+")
 
@@ -56,7 +56,7 @@ def to_words(
     chars = byte_chars()
     return ["".join(chars[b] for b in word.encode("utf-8")) for word in WORDS.findall(text)]
 
-# %% ../nbs/05_tokenizer.ipynb #3e7f77d6
+# %% ../nbs/05_tokenizer.ipynb #479669e0
 def merge(
     symbols:tuple[str, ...], # a word in pieces
     pair:tuple[str, str],    # two pieces
@@ -68,12 +68,12 @@ def merge(
         else:                      out.append(symbols[i]);              i += 1
     return tuple(out)
 
-# %% ../nbs/05_tokenizer.ipynb #c7ac2f0f
+# %% ../nbs/05_tokenizer.ipynb #8660be93
 def base_pieces()->list[str]: # 512
     "What every vocabulary begins with: each byte inside a word, and each at the end of one."
     return [c+end for end in ("", END) for c in byte_chars().values()]
 
-# %% ../nbs/05_tokenizer.ipynb #e313445c
+# %% ../nbs/05_tokenizer.ipynb #571a3620
 def learn_merges(
     texts,       # an iterable of captions
     n_merges:int,# how many at most; fewer where no pair occurs twice
@@ -99,7 +99,7 @@ def learn_merges(
             count(w, 1)
     return merges
 
-# %% ../nbs/05_tokenizer.ipynb #366ba8f4
+# %% ../nbs/05_tokenizer.ipynb #e559abf4
 class BPE:
     "Byte-pair encoding in plain Python: merges, the pieces that they make, and their ids."
     def __init__(self,
@@ -136,7 +136,7 @@ class BPE:
         "Ids back to text, a space behind each word. Raises UserError for an id outside the vocabulary."
         return decode_pieces(self.vocab, [int(i) for i in ids])
 
-# %% ../nbs/05_tokenizer.ipynb #0620cc49
+# %% ../nbs/05_tokenizer.ipynb #e063cb93
 def decode_pieces(
     vocab:list[str], # pieces, the last two of them [SOS] and [EOS]
     ids:list[int],   # into vocab
@@ -153,7 +153,7 @@ def decode_pieces(
         out += bytes(bytes_of[c] for c in piece.removesuffix(END)) + b" "*piece.endswith(END)
     return out.decode("utf-8", "replace").strip()
 
-# %% ../nbs/05_tokenizer.ipynb #fcd5cf23
+# %% ../nbs/05_tokenizer.ipynb #a1f00842
 def rust_tokenizer(
     bpe:BPE, # vocabulary and merges
 )->tokenizers.Tokenizer: # takes cleaned text, adds no special tokens
@@ -163,7 +163,7 @@ def rust_tokenizer(
                                                   pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return rust
 
-# %% ../nbs/05_tokenizer.ipynb #f111f6ec
+# %% ../nbs/05_tokenizer.ipynb #07330144
 N_OPENAI_MERGES = 49152 - 256 - 2
 
 def read_openai_merges(
@@ -178,7 +178,7 @@ def read_openai_merges(
     if len(merges) < N_OPENAI_MERGES or any(len(m) != 2 for m in merges): raise UserError(f"{path} has not {N_OPENAI_MERGES} merges: expected {what}")
     return merges
 
-# %% ../nbs/05_tokenizer.ipynb #6d34a488
+# %% ../nbs/05_tokenizer.ipynb #af0f71c0
 def save_tokenizer(
     bpe:BPE,         # what is saved
     folder:str|Path, # gets tokenizer.json and tokenizer_config.json
@@ -196,7 +196,7 @@ def save_tokenizer(
                  model_max_length=ctx_len, clean_up_tokenization_spaces=False, split_special_tokens=True)
     (folder/"tokenizer_config.json").write_text(json.dumps(about, indent=1)+"\n", encoding="utf-8")
 
-# %% ../nbs/05_tokenizer.ipynb #56016f62
+# %% ../nbs/05_tokenizer.ipynb #7ac9a1c2
 def read_tokenizer(
     folder:str|Path, # where `save_tokenizer` wrote
 )->tuple[list[tuple[str, str]], int]: # merges, context length
@@ -209,7 +209,7 @@ def read_tokenizer(
     if BPE(merges).ids != saved["model"]["vocab"]: raise UserError(f"{files[0]} is not a CLIP tokenizer: its ids are not bytes, then merges, then [SOS] and [EOS]")
     return merges, about["model_max_length"]
 
-# %% ../nbs/05_tokenizer.ipynb #b732029e
+# %% ../nbs/05_tokenizer.ipynb #c32114f8
 class BPETokenizer(BPE):
     "CLIP's tokenizer: byte-level BPE with lower-casing, [SOS] and [EOS]. Called on texts it gives a (B, ctx_len) tensor of ids."
     def __init__(self,
@@ -251,7 +251,7 @@ class BPETokenizer(BPE):
         encoded = self.fast.encode_batch([clean(t) for t in texts], add_special_tokens=False)
         return fill_rows(self, texts, [e.ids for e in encoded], check_ctx_len(self.ctx_len if ctx_len is None else ctx_len), truncate)
 
-# %% ../nbs/05_tokenizer.ipynb #008a5064
+# %% ../nbs/05_tokenizer.ipynb #ae98d5e5
 def check_ctx_len(
     ctx_len:int, # asked for
 )->int:

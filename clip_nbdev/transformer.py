@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['attend_once', 'Attention', 'QuickGELU', 'ResidualAttentionBlock', 'Transformer']
 
-# %% ../nbs/06_transformer.ipynb #dde394c3
+# %% ../nbs/06_transformer.ipynb #011f0067
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/06_transformer.ipynb #eb7022a6
+# %% ../nbs/06_transformer.ipynb #1661f8ee
 def attend_once(
     query:Tensor,    # (B, D) one query a row, projected
     x:Tensor,        # (B, L, D) tokens that it looks at, not projected
@@ -33,7 +33,7 @@ def attend_once(
     found = scores.softmax(-1) @ x                                         # (B, heads, D)
     return torch.einsum("bhc,hdc->bhd", found, by_head(v_weight)).flatten(1) + v_bias
 
-# %% ../nbs/06_transformer.ipynb #23ffb8a0
+# %% ../nbs/06_transformer.ipynb #2296c865
 class Attention(nn.Module):
     "Multi-head self-attention with the parameter names of torch.nn.MultiheadAttention; causal by flag, without a stored mask."
     def __init__(self,
@@ -51,25 +51,27 @@ class Attention(nn.Module):
     def forward(self,
         x:Tensor,              # (B, L, D)
         causal:bool=False,     # each token sees itself and what stands before it
-        at:Tensor|None=None,   # (B,) the one position of each row that is wanted; None for all
+        at:Tensor|None=None,   # (B,) the one position of each row that is wanted, 0 to L-1; None for all
     )->Tensor:                 # (B, L, D), or (B, D) with `at`
+        "Raises ValueError where `at` does not hold one position a row."
         B,L,D = x.shape
         if at is None:
             qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
             q,k,v = qkv.view(B, L, 3, self.n_heads, D//self.n_heads).permute(2, 0, 3, 1, 4) # each (B, heads, L, d)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
             return self.out_proj(y.transpose(1, 2).reshape(B, L, D))
+        if at.shape != (B,): raise ValueError(f"at must hold one position for each of the {B} rows, and its shape is {tuple(at.shape)}")
         (wq,wk,wv),(bq,bk,bv) = self.in_proj_weight.chunk(3),self.in_proj_bias.chunk(3)
         query = F.linear(x[torch.arange(B, device=x.device), at], wq, bq)
         visible = torch.arange(L, device=x.device) <= at[:,None] if causal else None
         return self.out_proj(attend_once(query, x, wk, bk, wv, bv, self.n_heads, visible))
 
-# %% ../nbs/06_transformer.ipynb #0e02bb2c
+# %% ../nbs/06_transformer.ipynb #82f678fd
 class QuickGELU(nn.Module):
     "x · sigmoid(1.702 x): the approximation of GELU that CLIP was trained with, written so that one tensor is kept for the gradient instead of two."
     def forward(self, x:Tensor)->Tensor: return F.silu(1.702*x).div_(1.702)
 
-# %% ../nbs/06_transformer.ipynb #0d199730
+# %% ../nbs/06_transformer.ipynb #7d48f119
 class ResidualAttentionBlock(nn.Module):
     "One pre-norm block: x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)) (section 2.4)."
     def __init__(self,
@@ -93,9 +95,9 @@ class ResidualAttentionBlock(nn.Module):
         x = found + (x if at is None else x[torch.arange(len(x), device=x.device), at])
         return x + self.mlp(self.ln_2(x))
 
-# %% ../nbs/06_transformer.ipynb #8c27a68a
+# %% ../nbs/06_transformer.ipynb #53da58bf
 class Transformer(nn.Module):
-    "A stack of blocks. By default initialised as the released text tower: what is added to the residual stream shrinks with depth."
+    "A stack of blocks. By default initialised as the released text tower: what is added to the residual stream shrinks with depth. Raises ValueError for an empty one."
     def __init__(self,
         width:int,               # of the residual stream
         n_layers:int,            # number of blocks
@@ -105,6 +107,7 @@ class Transformer(nn.Module):
         scaled_init:bool=True,   # False leaves PyTorch's own initial values, as the released image tower does
     ):
         super().__init__()
+        if n_layers < 1: raise ValueError(f"n_layers {n_layers} must be at least 1")
         self.resblocks = nn.ModuleList([ResidualAttentionBlock(width, n_heads, causal, act) for _ in range(n_layers)])
         for block in self.resblocks:
             nn.init.zeros_(block.attn.out_proj.bias)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['VisionTransformer']
 
-# %% ../nbs/08_vit.ipynb #8a9e7aa5
+# %% ../nbs/08_vit.ipynb #ceb9cfc0
 import torch
 from torch import Tensor, nn
 
 from .transformer import QuickGELU, Transformer
 
-# %% ../nbs/08_vit.ipynb #22368724
+# %% ../nbs/08_vit.ipynb #b9e03472
 class VisionTransformer(nn.Module):
     "CLIP's image tower of the ViT family: patches and a class token, LayerNorm before and after the blocks, read at the class token (section 2.4)."
     def __init__(self,
@@ -24,7 +24,7 @@ class VisionTransformer(nn.Module):
         act:type=QuickGELU, # activation of the MLPs
     ):
         super().__init__()
-        if img_size % patch_size: raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        if img_size < patch_size or img_size % patch_size: raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.img_size = img_size
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)

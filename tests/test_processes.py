@@ -4,7 +4,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.multiprocessing import spawn
 
+from clip_nbdev.clip import create_model
 from clip_nbdev.loss import ClipLoss, clip_loss
+from clip_nbdev.text import lm_loss
 
 N, E = 12, 8
 
@@ -39,3 +41,38 @@ def test_gathered_loss_and_gradients_are_those_of_one_process(tmp_path):
         # data-parallel training takes the mean over the processes: what one sends is `world` times its share
         torch.testing.assert_close(img/world, leaves[0].grad.chunk(world)[rank])
         torch.testing.assert_close(txt/world, leaves[1].grad.chunk(world)[rank])
+
+
+def texts_and_pictures():
+    gen = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 1000, (8, 10), generator=gen)
+    tokens[:, -1] = 1023
+    return torch.randn(8, 3, 32, 32, generator=gen).double(), tokens
+
+
+def loss_of_both_kinds(wrapped, model, images, tokens): return ClipLoss()(*wrapped(images, tokens)) + 0.3*lm_loss(model.text, tokens)
+
+
+def towers():
+    torch.manual_seed(0)
+    return create_model("tiny-vit").double().train()
+
+
+def towers_worker(rank, world, store, out):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = towers()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    images, tokens = (x.chunk(world)[rank] for x in texts_and_pictures())
+    loss_of_both_kinds(wrapped, model, images, tokens).backward()
+    torch.save({k: p.grad for k, p in model.named_parameters()}, f"{out}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_data_parallel_towers_with_a_language_model_have_the_gradients_of_one_process(tmp_path):
+    spawn(towers_worker, (2, tmp_path/"store", tmp_path/"out"), nprocs=2)
+    model = towers()
+    loss_of_both_kinds(model, model, *texts_and_pictures()).backward()
+    for rank in range(2):
+        for name, grad in torch.load(tmp_path/f"out-{rank}.pt").items():
+            torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-9, atol=1e-12, msg=name)

@@ -72,6 +72,15 @@ def test_photographs_are_read_and_broken_ones_counted(tmp_path, shards):
     assert f"{last['broken_images']} images that did not decode" in (run/"report.md").read_text()
 
 
+def test_vision_transformer_with_a_language_model_loss(tmp_path, small_suite):
+    run = tmp_path/"run"
+    train(tiny(run, preset="tiny-vit", lm_weight=0.5, steps=40, warmup=5))
+    records = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
+    first, later = (next(r["lm_loss"] for r in records if r.get("step") == step) for step in (1, 40))
+    assert later < first - 0.3
+    assert load(run)[0].config.patch_size == 8
+
+
 def test_warns_at_the_floor(tmp_path, small_suite, capsys, monkeypatch):
     monkeypatch.setattr(train_module, "GlyphPairs", NoisePairs)
     train(tiny(tmp_path/"run", steps=130, warmup=20, batch_size=8, lr=3e-3))
@@ -118,6 +127,8 @@ class NoisePairs(GlyphPairs):
     (["--out", "other", "--overwrite"], "holds files of something else (mine.txt)"),
     (["--out", "one.png"], "is a file"),
     (["--beta2", "1"], "--beta2 must be"),
+    (["--lm-weight", "0.1", "--text-tower", "bow"], "a bag of words has no next word"),
+    (["--lm-weight", "-1"], "--lm-weight must not be below 0"),
 ])
 def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.chdir(tmp_path)
