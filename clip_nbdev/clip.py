@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'RELEASED', 'CLIPConfig', 'CLIP', 'released', 'available_models', 'create_model', 'to_released',
-           'from_released']
+           'from_released', 'gpu_days']
 
-# %% ../nbs/11_clip.ipynb #aa18f0ab
+# %% ../nbs/11_clip.ipynb #e31fa4a9
 import warnings
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -23,7 +23,7 @@ from .text import BagOfWords, TextTransformer
 from .transformer import QuickGELU
 from .vit import VisionTransformer
 
-# %% ../nbs/11_clip.ipynb #dc30eea7
+# %% ../nbs/11_clip.ipynb #74146c07
 @dataclass(frozen=True)
 class CLIPConfig:
     "Everything that decides the shapes of a model. Raises UserError for towers that can't be."
@@ -44,14 +44,14 @@ class CLIPConfig:
     def __post_init__(self):
         if self.text_tower not in ("transformer", "bow"): raise UserError(f"no text tower {self.text_tower!r}: there are transformer and bow")
         if self.patch_size and not isinstance(self.vision_layers, int): raise UserError(f"a ViT (patch_size {self.patch_size}) takes one number as vision_layers, not {self.vision_layers}")
-        if not self.patch_size and (isinstance(self.vision_layers, int) or len(self.vision_layers) != 4):
+        if not self.patch_size and (not isinstance(self.vision_layers, (tuple, list)) or len(self.vision_layers) != 4):
             raise UserError(f"a ResNet takes four numbers as vision_layers, not {self.vision_layers}; a ViT needs a patch_size")
 
     @property
     def vision_heads(self)->int: # of each block of a ViT, or of a ResNet's attention pool
         return max(1, self.vision_width*(1 if self.patch_size else 32)//self.vision_head_width)
 
-# %% ../nbs/11_clip.ipynb #dd948ce5
+# %% ../nbs/11_clip.ipynb #e8973350
 class CLIP(nn.Module):
     "Two towers into one space, and a learned temperature (sections 2.3 to 2.5)."
     def __init__(self,
@@ -96,12 +96,19 @@ class CLIP(nn.Module):
     )->tuple[Tensor, Tensor, Tensor]: # (B, E), (B, E), scalar: unit image and text embeddings, scale
         return self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True), self.scale
 
-# %% ../nbs/11_clip.ipynb #60064d12
-def released(embed_dim, img_size, vision_layers, vision_width, text_width=512, patch_size=None):
-    "A released model: 12 text layers, 77 positions, 49,408 tokens, heads of 64 channels in both towers."
+# %% ../nbs/11_clip.ipynb #7a48083f
+def released(
+    embed_dim,       # size of the shared space
+    img_size,        # side of the pictures in pixels
+    vision_layers,   # blocks of the image tower
+    vision_width,    # of the image tower
+    text_width=512,  # of the text tower
+    patch_size=None, # side of a patch in pixels; None makes a ResNet
+)->CLIPConfig:
+    "A released model: what differs from one to the next."
     return CLIPConfig(embed_dim, img_size, vision_layers, vision_width, text_width, text_width//64, 12, patch_size)
 
-PRESETS = {
+PRESETS = {                # embed_dim, img_size, vision_layers, vision_width, text_width, patch_size
     "RN50":           released(1024, 224, (3,4,6,3),     64),
     "RN101":          released( 512, 224, (3,4,23,3),    64),
     "RN50x4":         released( 640, 288, (4,6,10,6),    80,  640),
@@ -114,7 +121,7 @@ PRESETS = {
 }
 RELEASED = tuple(PRESETS) # the nine models whose weights OpenAI published
 
-# %% ../nbs/11_clip.ipynb #124fced1
+# %% ../nbs/11_clip.ipynb #f949bb61
 PRESETS |= {
     "glyphs":     CLIPConfig(embed_dim=128, img_size=48, vision_layers=(1,1,1,1), vision_width=16,
                              text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
@@ -145,7 +152,7 @@ def create_model(
     if wrong: raise UserError(f"a model has no {wrong[0]!r}: it has {', '.join(known)}")
     return CLIP(replace(PRESETS[name], **changes)).eval()
 
-# %% ../nbs/11_clip.ipynb #cb47ef32
+# %% ../nbs/11_clip.ipynb #ba5ccba7
 def to_released(
     state:dict, # state dict of a `CLIP`
 )->dict:
@@ -157,3 +164,17 @@ def from_released(
 )->dict:
     "Names as in `CLIP`: what is neither `visual.` nor the temperature belongs to the text tower."
     return {k if k.startswith("visual.") or k == "logit_scale" else f"text.{k}":v for k,v in state.items()}
+
+# %% ../nbs/11_clip.ipynb #8a4c3e32
+def gpu_days(
+    ops_per_pair:float,     # operations of one forward pass, picture and caption; a multiply-add is two
+    n_pairs:float,          # pairs seen in the whole training: epochs times data
+    peak:float=125e12,      # operations a second of one GPU at best; by default a V100's tensor cores, half precision
+    utilisation:float=1.,   # share of the peak that is reached, above 0, at most 1
+    passes:float=3,         # forward passes that a training step costs; 4 with gradient checkpointing
+)->float:
+    "Days that one GPU would take for a training, or that many GPUs for one day. Raises UserError for what can't be."
+    if not 0 < utilisation <= 1: raise UserError(f"utilisation {utilisation} is a share of the peak: give a number above 0, at most 1")
+    for name,value in dict(ops_per_pair=ops_per_pair, n_pairs=n_pairs, peak=peak, passes=passes).items():
+        if not 0 < value < float("inf"): raise UserError(f"{name} {value} must be a number above 0")
+    return passes*ops_per_pair*n_pairs / (peak*utilisation) / 86400
