@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bottleneck', 'stage', 'AttentionPool2d', 'ModifiedResNet', 'compound_scale']
 
-# %% ../nbs/07_resnet.ipynb #ed0c9b75
+# %% ../nbs/07_resnet.ipynb #60e70434
 from collections import OrderedDict
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .transformer import attend_once
 
-# %% ../nbs/07_resnet.ipynb #d38755c5
+# %% ../nbs/07_resnet.ipynb #4c28328b
 class Bottleneck(nn.Module):
     "A residual block whose strided convolutions are replaced by average pooling before a plain one (ResNet-D, rect-2 blur)."
     expansion = 4
@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
         y = self.bn3(self.conv3(self.avgpool(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
-# %% ../nbs/07_resnet.ipynb #c2fc8e05
+# %% ../nbs/07_resnet.ipynb #77cc29d7
 def stage(
     n_in:int,     # channels in
     planes:int,   # channels of the blocks' narrow part; 4 times as many come out
@@ -55,7 +55,7 @@ def stage(
     for block in blocks: nn.init.zeros_(block.bn3.weight)
     return nn.Sequential(*blocks)
 
-# %% ../nbs/07_resnet.ipynb #2aaf9437
+# %% ../nbs/07_resnet.ipynb #e48f30c5
 class AttentionPool2d(nn.Module):
     "One layer of attention whose only query is the mean of the feature map (section 2.4)."
     def __init__(self,
@@ -81,7 +81,7 @@ class AttentionPool2d(nn.Module):
         x,k,v = self.tokens(x),self.k_proj,self.v_proj
         return self.c_proj(attend_once(self.q_proj(x[:,0]), x, k.weight, k.bias, v.weight, v.bias, self.n_heads))
 
-# %% ../nbs/07_resnet.ipynb #785f35e7
+# %% ../nbs/07_resnet.ipynb #7255ecc1
 class ModifiedResNet(nn.Module):
     "CLIP's image tower of the ResNet family: a three-convolution stem, blur pooling, attention pooling. Raises ValueError for a size it cannot halve."
     def __init__(self,
@@ -121,7 +121,7 @@ class ModifiedResNet(nn.Module):
             raise ValueError(f"pictures of {tuple(x.shape[2:])} pixels, and the tower's positions are for img_size {self.img_size}")
         return self.attnpool(self.feature_map(x))
 
-# %% ../nbs/07_resnet.ipynb #0b2be860
+# %% ../nbs/07_resnet.ipynb #982f01bb
 def compound_scale(
     base:dict,    # layers, width and img_size of a tower
     factor:float, # how many times its operations

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['VisionTransformer']
 
-# %% ../nbs/08_vit.ipynb #ceb9cfc0
+# %% ../nbs/08_vit.ipynb #f2a41877
 import torch
 from torch import Tensor, nn
 
 from .transformer import QuickGELU, Transformer
 
-# %% ../nbs/08_vit.ipynb #b9e03472
+# %% ../nbs/08_vit.ipynb #3f2bf1d7
 class VisionTransformer(nn.Module):
     "CLIP's image tower of the ViT family: patches and a class token, LayerNorm before and after the blocks, read at the class token (section 2.4)."
     def __init__(self,
