@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_clip_config', 'write_json', 'check_tokenizer', 'save_model', 'misfit', 'read_config', 'read_weights', 'load']
 
-# %% ../nbs/12_checkpoint.ipynb #446e08f8
+# %% ../nbs/12_checkpoint.ipynb #f27aa0eb
 import json
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import UserError
 from .data import MEAN, STD, image_transform
 from .tokenizer import BPETokenizer
 
-# %% ../nbs/12_checkpoint.ipynb #bc951f2b
+# %% ../nbs/12_checkpoint.ipynb #b29617d6
 def open_clip_config(
     config:CLIPConfig, # of our model
 )->dict:               # contents of open_clip_config.json
@@ -33,7 +33,7 @@ def open_clip_config(
     preprocess = dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest")
     return dict(model_cfg=dict(embed_dim=config.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=config.quick_gelu), preprocess_cfg=preprocess)
 
-# %% ../nbs/12_checkpoint.ipynb #80d0b4b6
+# %% ../nbs/12_checkpoint.ipynb #14eccf00
 def write_json(
     path:Path,   # where to
     values:dict, # what
@@ -49,7 +49,7 @@ def check_tokenizer(
     if len(tokenizer) != config.vocab_size: raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}")
     if tokenizer.ctx_len > config.ctx_len: raise UserError(f"the tokenizer gives {tokenizer.ctx_len} positions and the model takes {config.ctx_len}")
 
-# %% ../nbs/12_checkpoint.ipynb #fd18ca8d
+# %% ../nbs/12_checkpoint.ipynb #eee2a501
 def save_model(
     model:CLIP,              # any mode, any device
     tokenizer:BPETokenizer,  # that the model was trained with
@@ -67,7 +67,7 @@ def save_model(
     if model.config.text_tower == "transformer": write_json(folder/"open_clip_config.json", open_clip_config(model.config))
     else: (folder/"open_clip_config.json").unlink(missing_ok=True) # of a model that stood here before
 
-# %% ../nbs/12_checkpoint.ipynb #1b464897
+# %% ../nbs/12_checkpoint.ipynb #ecff9204
 def misfit(
     found:dict,  # state dict from a file
     wanted:dict, # state dict of the model
@@ -78,7 +78,7 @@ def misfit(
     first = lambda names: ", ".join(names[:3]) + (f" and {len(names)-3} more" if len(names) > 3 else "")
     return "; ".join(f"{kind}: {first(names)}" for kind,names in groups.items() if names)
 
-# %% ../nbs/12_checkpoint.ipynb #9dbe1317
+# %% ../nbs/12_checkpoint.ipynb #0ceadf08
 def read_config(
     folder:Path, # with a config.json
 )->CLIPConfig:
@@ -96,7 +96,7 @@ def read_config(
     try: return CLIPConfig(**values | dict(vision_layers=tuple(layers) if isinstance(layers, list) else layers))
     except (TypeError, ValueError) as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../nbs/12_checkpoint.ipynb #2523245e
+# %% ../nbs/12_checkpoint.ipynb #6a794700
 def read_weights(
     folder:Path, # with an open_clip_model.safetensors
     model:CLIP,  # gets the weights
@@ -110,7 +110,7 @@ def read_weights(
     if wrong: raise UserError(f"{path} does not fit config.json: {wrong}")
     model.load_state_dict(from_released(state))
 
-# %% ../nbs/12_checkpoint.ipynb #7805651a
+# %% ../nbs/12_checkpoint.ipynb #863508cd
 def load(
     name_or_path:str|Path, # a folder that training wrote
 )->tuple[CLIP, v2.Compose, BPETokenizer]: # model in evaluation mode, preprocess for PIL images, tokenizer

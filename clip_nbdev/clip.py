@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'RELEASED', 'CLIPConfig', 'CLIP', 'released', 'available_models', 'create_model', 'to_released',
            'from_released', 'gpu_days']
 
-# %% ../nbs/11_clip.ipynb #e31fa4a9
+# %% ../nbs/11_clip.ipynb #b40bdda8
 import warnings
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -23,7 +23,7 @@ from .text import BagOfWords, TextTransformer
 from .transformer import QuickGELU
 from .vit import VisionTransformer
 
-# %% ../nbs/11_clip.ipynb #74146c07
+# %% ../nbs/11_clip.ipynb #e270f818
 @dataclass(frozen=True)
 class CLIPConfig:
     "Everything that decides the shapes of a model. Raises UserError for towers that can't be."
@@ -51,7 +51,7 @@ class CLIPConfig:
     def vision_heads(self)->int: # of each block of a ViT, or of a ResNet's attention pool
         return max(1, self.vision_width*(1 if self.patch_size else 32)//self.vision_head_width)
 
-# %% ../nbs/11_clip.ipynb #e8973350
+# %% ../nbs/11_clip.ipynb #a0409e68
 class CLIP(nn.Module):
     "Two towers into one space, and a learned temperature (sections 2.3 to 2.5)."
     def __init__(self,
@@ -96,7 +96,7 @@ class CLIP(nn.Module):
     )->tuple[Tensor, Tensor, Tensor]: # (B, E), (B, E), scalar: unit image and text embeddings, scale
         return self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True), self.scale
 
-# %% ../nbs/11_clip.ipynb #7a48083f
+# %% ../nbs/11_clip.ipynb #1e26c0ca
 def released(
     embed_dim,       # size of the shared space
     img_size,        # side of the pictures in pixels
@@ -121,7 +121,7 @@ PRESETS = {                # embed_dim, img_size, vision_layers, vision_width, t
 }
 RELEASED = tuple(PRESETS) # the nine models whose weights OpenAI published
 
-# %% ../nbs/11_clip.ipynb #f949bb61
+# %% ../nbs/11_clip.ipynb #c6a05dfc
 PRESETS |= {
     "glyphs":     CLIPConfig(embed_dim=128, img_size=48, vision_layers=(1,1,1,1), vision_width=16,
                              text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
@@ -152,7 +152,7 @@ def create_model(
     if wrong: raise UserError(f"a model has no {wrong[0]!r}: it has {', '.join(known)}")
     return CLIP(replace(PRESETS[name], **changes)).eval()
 
-# %% ../nbs/11_clip.ipynb #ba5ccba7
+# %% ../nbs/11_clip.ipynb #3cd4fd1e
 def to_released(
     state:dict, # state dict of a `CLIP`
 )->dict:
@@ -165,7 +165,7 @@ def from_released(
     "Names as in `CLIP`: what is neither `visual.` nor the temperature belongs to the text tower."
     return {k if k.startswith("visual.") or k == "logit_scale" else f"text.{k}":v for k,v in state.items()}
 
-# %% ../nbs/11_clip.ipynb #8a4c3e32
+# %% ../nbs/11_clip.ipynb #8261709a
 def gpu_days(
     ops_per_pair:float,     # operations of one forward pass, picture and caption; a multiply-add is two
     n_pairs:float,          # pairs seen in the whole training: epochs times data

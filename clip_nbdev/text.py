@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['eos_position', 'length_slices', 'TextTransformer', 'lm_loss', 'BagOfWords']
 
-# %% ../nbs/09_text.ipynb #63d2d178
+# %% ../nbs/09_text.ipynb #cee3c2cf
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .transformer import QuickGELU, Transformer
 
-# %% ../nbs/09_text.ipynb #f0cbd703
+# %% ../nbs/09_text.ipynb #f8c2a24b
 def eos_position(
     tokens:Tensor, # (B, L) ids
     eos_id:int,    # id of [EOS]
@@ -22,7 +22,7 @@ def eos_position(
     if not is_eos.any(1).all(): raise ValueError(f"a text has no [EOS] (id {eos_id}): was it made by another tokenizer?")
     return is_eos.int().argmax(1)
 
-# %% ../nbs/09_text.ipynb #39a26ffb
+# %% ../nbs/09_text.ipynb #3a5405e7
 def length_slices(
     end:Tensor,   # (B,) where each text ends
     n_slices:int, # how many, at most
@@ -30,7 +30,7 @@ def length_slices(
     "Split a batch into slices of like length and nearly equal size."
     return list(end.argsort(stable=True).chunk(n_slices))
 
-# %% ../nbs/09_text.ipynb #f3a73907
+# %% ../nbs/09_text.ipynb #61552aa6
 class TextTransformer(nn.Module):
     "CLIP's text tower: a causal transformer, read at [EOS], normalised and projected (section 2.4)."
     def __init__(self,
@@ -74,7 +74,7 @@ class TextTransformer(nn.Module):
         emb = torch.cat([self.read(tokens[rows, :int(end[rows].max())+1], end[rows]) for rows in slices])
         return emb[torch.cat(slices).argsort()]
 
-# %% ../nbs/09_text.ipynb #5a6e5b41
+# %% ../nbs/09_text.ipynb #0e167a1b
 def lm_loss(
     tower:TextTransformer, # any mode
     tokens:Tensor,         # (B, L) ids, L at most ctx_len
@@ -86,7 +86,7 @@ def lm_loss(
     known = torch.arange(states.shape[1], device=tokens.device) < end[:,None] # positions whose next token belongs to the text
     return F.cross_entropy(states[known] @ tower.token_embedding.weight.T, tokens[:,1:][known])
 
-# %% ../nbs/09_text.ipynb #239f9f37
+# %% ../nbs/09_text.ipynb #4d865bce
 class BagOfWords(nn.Module):
     "The text tower that the paper's pseudo-code also allows (CBOW): the mean of the token embeddings, in which order is lost."
     def __init__(self,

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['attend_once', 'Attention', 'QuickGELU', 'ResidualAttentionBlock', 'Transformer']
 
-# %% ../nbs/06_transformer.ipynb #f125b18f
+# %% ../nbs/06_transformer.ipynb #ec7ced61
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/06_transformer.ipynb #3c34a63d
+# %% ../nbs/06_transformer.ipynb #3ea6113e
 def attend_once(
     query:Tensor,    # (B, D) one query a row, projected
     x:Tensor,        # (B, L, D) tokens that it looks at, not projected
@@ -33,7 +33,7 @@ def attend_once(
     found = scores.softmax(-1) @ x                                         # (B, heads, D)
     return torch.einsum("bhc,hdc->bhd", found, by_head(v_weight)).flatten(1) + v_bias
 
-# %% ../nbs/06_transformer.ipynb #23f76476
+# %% ../nbs/06_transformer.ipynb #c4837625
 class Attention(nn.Module):
     "Multi-head self-attention with the parameter names of torch.nn.MultiheadAttention; causal by flag, without a stored mask."
     def __init__(self,
@@ -66,12 +66,12 @@ class Attention(nn.Module):
         visible = torch.arange(L, device=x.device) <= at[:,None] if causal else None
         return self.out_proj(attend_once(query, x, wk, bk, wv, bv, self.n_heads, visible))
 
-# %% ../nbs/06_transformer.ipynb #bcd37561
+# %% ../nbs/06_transformer.ipynb #642ef728
 class QuickGELU(nn.Module):
     "x · sigmoid(1.702 x): the approximation of GELU that CLIP was trained with, written so that one tensor is kept for the gradient instead of two."
     def forward(self, x:Tensor)->Tensor: return F.silu(1.702*x).div_(1.702)
 
-# %% ../nbs/06_transformer.ipynb #8169a257
+# %% ../nbs/06_transformer.ipynb #42014a56
 class ResidualAttentionBlock(nn.Module):
     "One pre-norm block: x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)) (section 2.4)."
     def __init__(self,
@@ -95,7 +95,7 @@ class ResidualAttentionBlock(nn.Module):
         x = found + (x if at is None else x[torch.arange(len(x), device=x.device), at])
         return x + self.mlp(self.ln_2(x))
 
-# %% ../nbs/06_transformer.ipynb #25a31ed5
+# %% ../nbs/06_transformer.ipynb #b494fd73
 class Transformer(nn.Module):
     "A stack of blocks. By default initialised as the released text tower: what is added to the residual stream shrinks with depth. Raises ValueError for an empty one."
     def __init__(self,
