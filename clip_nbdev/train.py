@@ -6,9 +6,9 @@
 __all__ = ['RUN_FILES', 'RECIPES', 'FLOOR_HELP', 'TrainConfig', 'check', 'parameter_groups', 'lr_at', 'bf16_is_faster',
            'pick_precision', 'Source', 'make_source', 'retrieval_recall', 'evaluate', 'Meter', 'n_cores', 'resolve',
            'Trainer', 'share_done', 'describe', 'train', 'finish', 'result_tables', 'draw_figures', 'write_report',
-           'one_line', 'main', 'trial', 'trial_scores']
+           'one_line', 'main', 'trial_scores', 'trial']
 
-# %% ../nbs/13_train.ipynb #163e06c2
+# %% ../nbs/13_train.ipynb #f64cbfac
 import json
 import math
 import os
@@ -38,7 +38,7 @@ from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/13_train.ipynb #ddc682ec
+# %% ../nbs/13_train.ipynb #3e3d0984
 @dataclass
 class TrainConfig:
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -72,12 +72,12 @@ class TrainConfig:
     image_col:str="filepath"                                             # column of the image paths in a table
     caption_col:str="caption"                                            # column of the captions in a table
 
-# %% ../nbs/13_train.ipynb #70f2b3e8
+# %% ../nbs/13_train.ipynb #3c9e6017
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures"} # all that a run folder holds, and all that --overwrite replaces
 RECIPES = dict(glyphs=dict(lr=4e-3, batch_size=256), photos=dict(lr=1e-3, batch_size=128), tiny=dict(lr=2e-3, batch_size=128))
 
-# %% ../nbs/13_train.ipynb #b5faeac0
+# %% ../nbs/13_train.ipynb #c50b1d6f
 def check(cfg:TrainConfig):
     "Raise UserError for options that contradict each other, before anything long begins."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -103,7 +103,7 @@ def check(cfg:TrainConfig):
     if held - RUN_FILES: raise UserError(f"{cfg.out} holds files of something else ({min(held - RUN_FILES)}): choose another --out")
     if held and not cfg.overwrite: raise UserError(f"{cfg.out} already holds a run: choose another --out, or replace it with --overwrite")
 
-# %% ../nbs/13_train.ipynb #499e1745
+# %% ../nbs/13_train.ipynb #19373d43
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -113,7 +113,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/13_train.ipynb #f201404a
+# %% ../nbs/13_train.ipynb #dcd208c3
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -123,7 +123,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/13_train.ipynb #9b23f1a5
+# %% ../nbs/13_train.ipynb #45e20e67
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -142,7 +142,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/13_train.ipynb #70e7547a
+# %% ../nbs/13_train.ipynb #6fef742b
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -151,7 +151,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/13_train.ipynb #49ad92ef
+# %% ../nbs/13_train.ipynb #7a187a91
 @dataclass
 class Source:
     "Where batches come from."
@@ -160,7 +160,7 @@ class Source:
     n_pairs:int|None     # pairs in an epoch, None for endless data
     position:object      # GlyphPairs or PairStream
 
-# %% ../nbs/13_train.ipynb #57e20f68
+# %% ../nbs/13_train.ipynb #cad91c63
 def make_source(
     cfg:TrainConfig, # options
     img_size:int,    # side of the pictures
@@ -182,7 +182,7 @@ def make_source(
     if n_pairs < cfg.batch_size*world: raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: lower --batch-size")
     return Source(iter(pair_loader(stream, cfg.batch_size, cfg.workers)), texts, n_pairs, stream)
 
-# %% ../nbs/13_train.ipynb #26e1dd1d
+# %% ../nbs/13_train.ipynb #22cce120
 def retrieval_recall(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -193,7 +193,7 @@ def retrieval_recall(
     recalls = recall_at(*embed_pairs(model, tokenizer, pair_loader(stream, 256)))
     return recalls | dict(n_images=int(stream.counts[0]), broken_images=int(stream.counts[1]))
 
-# %% ../nbs/13_train.ipynb #073ca33b
+# %% ../nbs/13_train.ipynb #3f1128bc
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -208,14 +208,14 @@ def evaluate(
     if cfg.eval_data: out["retrieval"] = retrieval_recall(cfg, model, tokenizer)
     return out
 
-# %% ../nbs/13_train.ipynb #015a8561
+# %% ../nbs/13_train.ipynb #6ce1cab9
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high, or far too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: clip_nbdev.loss.overfit_one_batch tells a bug from too little data"""
 
-# %% ../nbs/13_train.ipynb #71c97d09
+# %% ../nbs/13_train.ipynb #4d80b67b
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, folder:Path, total:float, n_pairs:int, show:bool): # run folder, steps or seconds in all, pairs a step, first process?
@@ -243,7 +243,7 @@ class Meter:
             self.said = time.monotonic()
             print(f"step {step}: {state}", flush=True)
 
-# %% ../nbs/13_train.ipynb #5681e475
+# %% ../nbs/13_train.ipynb #bf4bb035
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -261,7 +261,7 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     cfg.precision = pick_precision(cfg.precision)
     return cfg
 
-# %% ../nbs/13_train.ipynb #b997781e
+# %% ../nbs/13_train.ipynb #a92b653d
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self, cfg:TrainConfig):
@@ -306,7 +306,7 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         return values
 
-# %% ../nbs/13_train.ipynb #316e132e
+# %% ../nbs/13_train.ipynb #4a39e8da
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -325,7 +325,7 @@ def describe(
             f"of {cfg.threads} thread(s) on {trainer.acc.device}\n"
             f"batch: {cfg.batch_size} pairs a process, {trainer.n_global} a step, each contrasted with {trainer.n_global-1} others")
 
-# %% ../nbs/13_train.ipynb #8271c472
+# %% ../nbs/13_train.ipynb #2e5b7ab2
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -356,7 +356,7 @@ def train(
     trainer.acc.wait_for_everyone()
     return last
 
-# %% ../nbs/13_train.ipynb #5506fc49
+# %% ../nbs/13_train.ipynb #1e858f3d
 def finish(
     trainer:Trainer,     # after its last step
     meter:Meter,         # that has the file
@@ -374,7 +374,7 @@ def finish(
     write_report(cfg, trainer.model, trainer.tokenizer, last, losses)
     return last
 
-# %% ../nbs/13_train.ipynb #cf833453
+# %% ../nbs/13_train.ipynb #e5b2d69d
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -411,7 +411,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/13_train.ipynb #865757e0
+# %% ../nbs/13_train.ipynb #4b48d2f8
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained
@@ -430,7 +430,7 @@ def write_report(
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
 
-# %% ../nbs/13_train.ipynb #198d3062
+# %% ../nbs/13_train.ipynb #bacbfec9
 def one_line(
     error:UserError, # raised here or in a process that reads data
 )->str:
@@ -451,10 +451,26 @@ def main():
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #58c07a9c
+# %% ../nbs/13_train.ipynb #7406f5cc
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/13_train.ipynb #09f9a818
+# %% ../nbs/13_train.ipynb #f0033ca2
+def trial_scores(
+    model:CLIP,             # trained
+    tokenizer:BPETokenizer, # of the model
+    pairs:GlyphPairs,       # that it has not seen
+    batch_size:int,         # pairs that are contrasted
+    lm:bool=False,          # measure the language-model loss too
+)->dict:                    # loss in nats, lm_loss in nats a token
+    "Losses over ten batches of fresh pairs."
+    batches = [pairs.batch(batch_size) for _ in range(10)]
+    with evaluating(model):
+        tokens = [tokenizer(captions, truncate=True) for _,captions in batches]
+        out = dict(loss=sum(clip_loss(*model(normalize(images), t)).item() for (images,_),t in zip(batches, tokens))/10)
+        if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
+    return out
+
+# %% ../nbs/13_train.ipynb #09eaa66e
 def trial(
     build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
     seed:int=0,            # weights and pairs
@@ -483,19 +499,5 @@ def trial(
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
         with torch.no_grad(): model.logit_scale.clamp_(max=math.log(MAX_SCALE))
-    return trial_scores(model, tokenizer, GlyphPairs(model.config.img_size, scenes=scenes, seed=1234), batch_size, bool(lm_weight)) | evaluate_suite(model, tokenizer, model.config.img_size, names)
-
-def trial_scores(
-    model:CLIP,             # trained
-    tokenizer:BPETokenizer, # of the model
-    pairs:GlyphPairs,       # that it has not seen
-    batch_size:int,         # pairs that are contrasted
-    lm:bool=False,          # measure the language-model loss too
-)->dict:                    # loss in nats, lm_loss in nats a token
-    "Losses over ten batches of fresh pairs."
-    batches = [pairs.batch(batch_size) for _ in range(10)]
-    with evaluating(model):
-        tokens = [tokenizer(captions, truncate=True) for _,captions in batches]
-        out = dict(loss=sum(clip_loss(*model(normalize(images), t)).item() for (images,_),t in zip(batches, tokens))/10)
-        if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
-    return out
+    fresh = GlyphPairs(model.config.img_size, scenes=scenes, seed=1234)
+    return trial_scores(model, tokenizer, fresh, batch_size, bool(lm_weight)) | evaluate_suite(model, tokenizer, model.config.img_size, names)
