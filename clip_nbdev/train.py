@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'RECIPES', 'FLOOR_HELP', 'TrainConfig', 'check', 'parameter_groups', 'lr_at', 'bf16_is_faster',
            'pick_precision', 'Source', 'make_source', 'retrieval_recall', 'evaluate', 'Meter', 'n_cores', 'resolve',
-           'Trainer', 'share_done', 'describe', 'train', 'finish', 'result_tables', 'draw_figures', 'write_report',
-           'one_line', 'main', 'trial_scores', 'trial']
+           'step_loss', 'Trainer', 'share_done', 'describe', 'train', 'finish', 'result_tables', 'draw_figures',
+           'write_report', 'one_line', 'main', 'trial_scores', 'trial']
 
-# %% ../nbs/13_train.ipynb #f64cbfac
+# %% ../nbs/13_train.ipynb #a01579ec
 import json
 import math
 import os
@@ -25,7 +25,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import save_model
 from .clip import PRESETS, CLIP, create_model
@@ -38,7 +38,7 @@ from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/13_train.ipynb #3e3d0984
+# %% ../nbs/13_train.ipynb #118b03ac
 @dataclass
 class TrainConfig:
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -72,12 +72,12 @@ class TrainConfig:
     image_col:str="filepath"                                             # column of the image paths in a table
     caption_col:str="caption"                                            # column of the captions in a table
 
-# %% ../nbs/13_train.ipynb #3c9e6017
+# %% ../nbs/13_train.ipynb #bedd5af9
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures"} # all that a run folder holds, and all that --overwrite replaces
 RECIPES = dict(glyphs=dict(lr=4e-3, batch_size=256), photos=dict(lr=1e-3, batch_size=128), tiny=dict(lr=2e-3, batch_size=128))
 
-# %% ../nbs/13_train.ipynb #c50b1d6f
+# %% ../nbs/13_train.ipynb #25d9fa94
 def check(cfg:TrainConfig):
     "Raise UserError for options that contradict each other, before anything long begins."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -103,7 +103,7 @@ def check(cfg:TrainConfig):
     if held - RUN_FILES: raise UserError(f"{cfg.out} holds files of something else ({min(held - RUN_FILES)}): choose another --out")
     if held and not cfg.overwrite: raise UserError(f"{cfg.out} already holds a run: choose another --out, or replace it with --overwrite")
 
-# %% ../nbs/13_train.ipynb #19373d43
+# %% ../nbs/13_train.ipynb #bc0aea99
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -113,7 +113,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/13_train.ipynb #dcd208c3
+# %% ../nbs/13_train.ipynb #eefc22fc
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -123,7 +123,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/13_train.ipynb #45e20e67
+# %% ../nbs/13_train.ipynb #f74354d7
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -142,7 +142,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/13_train.ipynb #6fef742b
+# %% ../nbs/13_train.ipynb #67a422f8
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -151,7 +151,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/13_train.ipynb #7a187a91
+# %% ../nbs/13_train.ipynb #5ec6d432
 @dataclass
 class Source:
     "Where batches come from."
@@ -160,7 +160,7 @@ class Source:
     n_pairs:int|None     # pairs in an epoch, None for endless data
     position:object      # GlyphPairs or PairStream
 
-# %% ../nbs/13_train.ipynb #cad91c63
+# %% ../nbs/13_train.ipynb #392ee73e
 def make_source(
     cfg:TrainConfig, # options
     img_size:int,    # side of the pictures
@@ -182,7 +182,7 @@ def make_source(
     if n_pairs < cfg.batch_size*world: raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: lower --batch-size")
     return Source(iter(pair_loader(stream, cfg.batch_size, cfg.workers)), texts, n_pairs, stream)
 
-# %% ../nbs/13_train.ipynb #22cce120
+# %% ../nbs/13_train.ipynb #d0b49244
 def retrieval_recall(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -193,7 +193,7 @@ def retrieval_recall(
     recalls = recall_at(*embed_pairs(model, tokenizer, pair_loader(stream, 256)))
     return recalls | dict(n_images=int(stream.counts[0]), broken_images=int(stream.counts[1]))
 
-# %% ../nbs/13_train.ipynb #3f1128bc
+# %% ../nbs/13_train.ipynb #0be320d4
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -208,14 +208,14 @@ def evaluate(
     if cfg.eval_data: out["retrieval"] = retrieval_recall(cfg, model, tokenizer)
     return out
 
-# %% ../nbs/13_train.ipynb #6ce1cab9
+# %% ../nbs/13_train.ipynb #428ef0c4
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high, or far too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: clip_nbdev.loss.overfit_one_batch tells a bug from too little data"""
 
-# %% ../nbs/13_train.ipynb #4d80b67b
+# %% ../nbs/13_train.ipynb #f8e6d980
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, folder:Path, total:float, n_pairs:int, show:bool): # run folder, steps or seconds in all, pairs a step, first process?
@@ -243,7 +243,7 @@ class Meter:
             self.said = time.monotonic()
             print(f"step {step}: {state}", flush=True)
 
-# %% ../nbs/13_train.ipynb #bf4bb035
+# %% ../nbs/13_train.ipynb #09b6a1af
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -261,7 +261,23 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     cfg.precision = pick_precision(cfg.precision)
     return cfg
 
-# %% ../nbs/13_train.ipynb #a92b653d
+# %% ../nbs/13_train.ipynb #847cca4d
+def step_loss(
+    trainer,       # set up, of class `Trainer`
+    images:Tensor, # (B, 3, H, W) pictures 0 to 1, or uint8
+    tokens:Tensor, # (B, L) ids
+)->tuple[Tensor, dict[str, float]]: # scalar to descend; loss, accuracy, scale, and lm_loss where there is one
+    "The loss of one batch, and what the meter shows of it."
+    with trainer.acc.autocast():
+        out = trainer.wrapped(normalize(images), tokens)
+        lm = lm_loss(trainer.model.text, tokens) if trainer.cfg.lm_weight else None
+    img_emb,txt_emb,scale = (t.float() for t in out)
+    loss = trainer.loss(img_emb, txt_emb, scale)
+    values = dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item())
+    if lm is None: return loss, values
+    return loss + trainer.cfg.lm_weight*lm, values | dict(lm_loss=lm.item())
+
+# %% ../nbs/13_train.ipynb #e7c5037b
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self, cfg:TrainConfig):
@@ -289,14 +305,8 @@ class Trainer:
         tokens = self.tokenizer(self.captions, truncate=True)
         self.waited += time.perf_counter() - start
         for group in self.optimizer.param_groups: group["lr"] = lr
-        with self.acc.autocast(): out = self.wrapped(normalize(images.to(self.acc.device)), tokens.to(self.acc.device))
-        img_emb,txt_emb,scale = (t.float() for t in out)
-        loss = self.loss(img_emb, txt_emb, scale)
+        loss,values = step_loss(self, images.to(self.acc.device), tokens.to(self.acc.device))
         if not math.isfinite(loss.item()): raise UserError(f"the loss is {loss.item()} at step {self.step+1}: lower --lr, or use --precision no")
-        values = dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item(), lr=lr)
-        if self.cfg.lm_weight:
-            with self.acc.autocast(): lm = lm_loss(self.model.text, tokens.to(self.acc.device))
-            loss,values["lm_loss"] = loss + self.cfg.lm_weight*lm,lm.item()
         self.optimizer.zero_grad()
         self.acc.backward(loss)
         self.acc.clip_grad_norm_(self.wrapped.parameters(), self.cfg.grad_clip)
@@ -304,9 +314,9 @@ class Trainer:
         with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
         self.step += 1
         self.seconds += time.perf_counter() - start
-        return values
+        return values | dict(lr=lr)
 
-# %% ../nbs/13_train.ipynb #4a39e8da
+# %% ../nbs/13_train.ipynb #be2288aa
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -325,7 +335,7 @@ def describe(
             f"of {cfg.threads} thread(s) on {trainer.acc.device}\n"
             f"batch: {cfg.batch_size} pairs a process, {trainer.n_global} a step, each contrasted with {trainer.n_global-1} others")
 
-# %% ../nbs/13_train.ipynb #2e5b7ab2
+# %% ../nbs/13_train.ipynb #35f5b6ea
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -356,7 +366,7 @@ def train(
     trainer.acc.wait_for_everyone()
     return last
 
-# %% ../nbs/13_train.ipynb #1e858f3d
+# %% ../nbs/13_train.ipynb #6ca6c77b
 def finish(
     trainer:Trainer,     # after its last step
     meter:Meter,         # that has the file
@@ -374,7 +384,7 @@ def finish(
     write_report(cfg, trainer.model, trainer.tokenizer, last, losses)
     return last
 
-# %% ../nbs/13_train.ipynb #e5b2d69d
+# %% ../nbs/13_train.ipynb #5d685b5f
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -411,7 +421,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/13_train.ipynb #4b48d2f8
+# %% ../nbs/13_train.ipynb #009300ac
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained
@@ -430,7 +440,7 @@ def write_report(
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
 
-# %% ../nbs/13_train.ipynb #bacbfec9
+# %% ../nbs/13_train.ipynb #dd771d55
 def one_line(
     error:UserError, # raised here or in a process that reads data
 )->str:
@@ -451,10 +461,10 @@ def main():
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #7406f5cc
+# %% ../nbs/13_train.ipynb #c544dbae
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/13_train.ipynb #f0033ca2
+# %% ../nbs/13_train.ipynb #99deadc1
 def trial_scores(
     model:CLIP,             # trained
     tokenizer:BPETokenizer, # of the model
@@ -470,7 +480,7 @@ def trial_scores(
         if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
     return out
 
-# %% ../nbs/13_train.ipynb #09eaa66e
+# %% ../nbs/13_train.ipynb #dc1a86a8
 def trial(
     build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
     seed:int=0,            # weights and pairs
