@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'RELEASED', 'CLIPConfig', 'CLIP', 'released', 'available_models', 'create_model', 'to_released',
            'from_released', 'gpu_days']
 
-# %% ../nbs/11_clip.ipynb #b40bdda8
+# %% ../nbs/11_clip.ipynb #e61d6812
 import warnings
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .core import UserError
-from .loss import LOGIT_SCALE_INIT
+from .loss import LOGIT_SCALE_INIT, SIGLIP_SCALE_INIT
 from .resnet import ModifiedResNet
 from .text import BagOfWords, TextTransformer
 from .transformer import QuickGELU
 from .vit import VisionTransformer
 
-# %% ../nbs/11_clip.ipynb #e270f818
+# %% ../nbs/11_clip.ipynb #8977b4ee
 @dataclass(frozen=True)
 class CLIPConfig:
     "Everything that decides the shapes of a model. Raises UserError for towers that can't be."
@@ -40,6 +40,7 @@ class CLIPConfig:
     vocab_size:int=49408                # number of tokens
     text_tower:str="transformer"        # "transformer", or "bow": a bag of words
     quick_gelu:bool=True                # QuickGELU, as all released models have it; False for GELU
+    logit_bias:float|None=None          # where the bias of the sigmoid loss starts; None for the softmax loss, which has none
 
     def __post_init__(self):
         if self.text_tower not in ("transformer", "bow"): raise UserError(f"no text tower {self.text_tower!r}: there are transformer and bow")
@@ -51,7 +52,7 @@ class CLIPConfig:
     def vision_heads(self)->int: # of each block of a ViT, or of a ResNet's attention pool
         return max(1, self.vision_width*(1 if self.patch_size else 32)//self.vision_head_width)
 
-# %% ../nbs/11_clip.ipynb #a0409e68
+# %% ../nbs/11_clip.ipynb #120fd190
 class CLIP(nn.Module):
     "Two towers into one space, and a learned temperature (sections 2.3 to 2.5)."
     def __init__(self,
@@ -64,7 +65,8 @@ class CLIP(nn.Module):
         else: self.visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.img_size, c.vision_width, c.vision_heads)
         if c.text_tower == "bow": self.text = BagOfWords(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, act)
         else: self.text = TextTransformer(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, c.text_heads, c.text_layers, act)
-        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT)) # ln(1/0.07), as a 32-bit number
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT if c.logit_bias is None else SIGLIP_SCALE_INIT)) # as a 32-bit number
+        if c.logit_bias is not None: self.logit_bias = nn.Parameter(torch.tensor(float(c.logit_bias)))
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -79,7 +81,7 @@ class CLIP(nn.Module):
         "Embed pictures. Warns where a single picture meets BatchNorm in training mode."
         if len(images) == 1 and any(m.training for m in self.visual.modules() if isinstance(m, _BatchNorm)):
             warnings.warn("one picture in training mode: BatchNorm takes its statistics from it alone; call model.eval() first", stacklevel=2)
-        emb = self.visual(images.to(memory_format=torch.channels_last))
+        emb = self.visual(images.to(memory_format=torch.channels_last)).to(self.logit_scale.dtype) # float32 again behind autocast
         return F.normalize(emb, dim=-1) if normalize else emb
 
     def encode_text(self,
@@ -87,16 +89,17 @@ class CLIP(nn.Module):
         normalize:bool=False, # rows of length 1
     )->Tensor:                # (B, E)
         "Embed texts."
-        emb = self.text(tokens)
+        emb = self.text(tokens).to(self.logit_scale.dtype)
         return F.normalize(emb, dim=-1) if normalize else emb
 
     def forward(self,
         images:Tensor, # (B, 3, H, W) normalised
         tokens:Tensor, # (B, L) ids
-    )->tuple[Tensor, Tensor, Tensor]: # (B, E), (B, E), scalar: unit image and text embeddings, scale
-        return self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True), self.scale
+    )->tuple[Tensor, ...]: # (B, E), (B, E), scalar: unit image and text embeddings, scale; and the bias of the sigmoid loss, where there is one
+        bias = () if self.config.logit_bias is None else (self.logit_bias,)
+        return self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True), self.scale, *bias
 
-# %% ../nbs/11_clip.ipynb #1e26c0ca
+# %% ../nbs/11_clip.ipynb #66d64c0c
 def released(
     embed_dim,       # size of the shared space
     img_size,        # side of the pictures in pixels
@@ -121,7 +124,7 @@ PRESETS = {                # embed_dim, img_size, vision_layers, vision_width, t
 }
 RELEASED = tuple(PRESETS) # the nine models whose weights OpenAI published
 
-# %% ../nbs/11_clip.ipynb #c6a05dfc
+# %% ../nbs/11_clip.ipynb #5ccc3ae8
 PRESETS |= {
     "glyphs":     CLIPConfig(embed_dim=128, img_size=48, vision_layers=(1,1,1,1), vision_width=16,
                              text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
@@ -152,7 +155,7 @@ def create_model(
     if wrong: raise UserError(f"a model has no {wrong[0]!r}: it has {', '.join(known)}")
     return CLIP(replace(PRESETS[name], **changes)).eval()
 
-# %% ../nbs/11_clip.ipynb #3cd4fd1e
+# %% ../nbs/11_clip.ipynb #c0bea8be
 def to_released(
     state:dict, # state dict of a `CLIP`
 )->dict:
@@ -162,10 +165,10 @@ def to_released(
 def from_released(
     state:dict, # state dict with the released names
 )->dict:
-    "Names as in `CLIP`: what is neither `visual.` nor the temperature belongs to the text tower."
-    return {k if k.startswith("visual.") or k == "logit_scale" else f"text.{k}":v for k,v in state.items()}
+    "Names as in `CLIP`: what is neither `visual.` nor temperature or bias belongs to the text tower."
+    return {k if k.startswith(("visual.", "logit_")) else f"text.{k}":v for k,v in state.items()}
 
-# %% ../nbs/11_clip.ipynb #8261709a
+# %% ../nbs/11_clip.ipynb #9e8c5c8e
 def gpu_days(
     ops_per_pair:float,     # operations of one forward pass, picture and caption; a multiply-add is two
     n_pairs:float,          # pairs seen in the whole training: epochs times data

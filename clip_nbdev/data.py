@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'IMAGE_ENDINGS', 'DAMAGED', 'normalize', 'RandomSquareCrop', 'normalize_one', 'image_transform',
            'captions_of', 'to_text', 'reason', 'FilePairs', 'read_table', 'TablePairs', 'FolderPairs',
-           'TorchvisionPairs', 'is_remote', 'damaged', 'check_end', 'count_pictures', 'read_shard', 'ShardPairs',
-           'open_pairs', 'PairStream', 'collate', 'pair_loader']
+           'TorchvisionPairs', 'is_remote', 'damaged', 'check_end', 'count_pictures', 'read_shard', 'picture_in',
+           'read_piece', 'interleave', 'ShardPairs', 'open_pairs']
 
-# %% ../nbs/03_data.ipynb #e03e3a0b
+# %% ../nbs/03_data.ipynb #fb75a1e3
 import csv
 import glob
 import io
@@ -17,7 +17,7 @@ import random
 import tarfile
 import zlib
 from difflib import get_close_matches
-from itertools import count
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ import webdataset as wds
 from braceexpand import braceexpand
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
@@ -35,7 +34,7 @@ from webdataset.gopen import gopen
 
 from .core import UserError, data_dir, progress
 
-# %% ../nbs/03_data.ipynb #23683aeb
+# %% ../nbs/03_data.ipynb #b260f6c4
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -47,7 +46,7 @@ def normalize(
     mean,std = (torch.tensor(v, device=images.device)[:,None,None] for v in (MEAN,STD))
     return ((images-mean)/std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/03_data.ipynb #c4cfeee7
+# %% ../nbs/03_data.ipynb #1e1d42fb
 class RandomSquareCrop(nn.Module):
     "A random square of a picture, resized: CLIP's only augmentation (section 2.3)."
     def __init__(self,
@@ -65,7 +64,7 @@ class RandomSquareCrop(nn.Module):
         left,top = (int(torch.randint(n-side+1, ())) for n in img.size)
         return resized_crop(img, top, left, side, side, [self.img_size]*2, InterpolationMode.BICUBIC, antialias=True)
 
-# %% ../nbs/03_data.ipynb #a0fcaf95
+# %% ../nbs/03_data.ipynb #794be4b9
 def normalize_one(
     image:Tensor, # (3, H, W): uint8, or float between 0 and 1
 )->Tensor:        # (3, H, W) float
@@ -83,7 +82,7 @@ def image_transform(
     else:     crop = [T.Resize(img_size, InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(img_size)]
     return T.Compose([T.RGB(), *crop, T.PILToTensor(), *([normalize_one] if normalized else [])])
 
-# %% ../nbs/03_data.ipynb #5c17910f
+# %% ../nbs/03_data.ipynb #df656ad5
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 def captions_of(
@@ -99,7 +98,7 @@ def captions_of(
         if not isinstance(lines, list): lines = [lines]
     return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
 
-# %% ../nbs/03_data.ipynb #051d5f57
+# %% ../nbs/03_data.ipynb #5bdc1d79
 def to_text(
     data:bytes, # a .txt or .json file
 )->str:
@@ -113,7 +112,7 @@ def reason(
     text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     return (text.split(" @ ")[0].splitlines() or [type(error).__name__])[0].strip(" :")
 
-# %% ../nbs/03_data.ipynb #6139e8c1
+# %% ../nbs/03_data.ipynb #6de8432f
 class FilePairs:
     "Pairs whose pictures are files: a list of (path, captions)."
     def __init__(self,
@@ -138,7 +137,7 @@ class FilePairs:
             path,captions = self.items[i]
             yield str(path), (lambda path=path: Image.open(path)), captions
 
-# %% ../nbs/03_data.ipynb #f018a27a
+# %% ../nbs/03_data.ipynb #33bb8a5a
 def read_table(
     path:str|Path,     # .csv, or .tsv with tabs, with a header
     image_col:str,     # column of the image paths
@@ -169,7 +168,7 @@ class TablePairs(FilePairs):
         found = read_table(path, image_col, caption_col)
         super().__init__([(Path(path).parent/img, captions) for img,captions in found.items()], f"{path}, column {caption_col!r}")
 
-# %% ../nbs/03_data.ipynb #d19601fc
+# %% ../nbs/03_data.ipynb #f2d60aab
 class FolderPairs(FilePairs):
     "Pairs from a folder: images with a .txt or .json of the same name, or else one sub-folder a class."
     def __init__(self,
@@ -186,7 +185,7 @@ class FolderPairs(FilePairs):
         else: captions = [[template.format(f.parent.name.replace("_", " "))] for f in files]
         super().__init__(zip(files, captions), path)
 
-# %% ../nbs/03_data.ipynb #bde3dbc4
+# %% ../nbs/03_data.ipynb #2cf40a0e
 class TorchvisionPairs:
     "Pairs from one of torchvision's labelled sets: the class names, put into a template, are the captions."
     def __init__(self,
@@ -216,8 +215,8 @@ class TorchvisionPairs:
             img,label = self.data[i]
             yield f"{i}", (lambda img=img: img), [self.captions[label]]
 
-# %% ../nbs/03_data.ipynb #d895b9a3
-DAMAGED = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) # what reading a broken shard may raise
+# %% ../nbs/03_data.ipynb #e8df19aa
+DAMAGED = (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) # what reading a broken shard may raise
 
 def is_remote(name:str)->bool: # "https://…", "pipe:aws s3 cp …"
     "Whether webdataset has to open it."
@@ -243,6 +242,8 @@ def count_pictures(
     try:
         if is_remote(shard): how = dict(fileobj=gopen(shard), mode="r|*")
         else: how = dict(name=shard); check_end(shard)
+        stats = Path(f"{shard.removesuffix('.tar')}_stats.json") # img2dataset writes one beside each shard
+        if stats.is_file(): return int(json.loads(stats.read_text())["successes"])
         with tarfile.open(**how) as tar: return sum(member.name.lower().endswith(IMAGE_ENDINGS) for member in tar)
     except DAMAGED as e: raise damaged(shard, e) from None
 
@@ -255,7 +256,35 @@ def read_shard(
         if not is_remote(shard): check_end(shard)
     except DAMAGED as e: raise damaged(shard, e) from None
 
-# %% ../nbs/03_data.ipynb #bb6b1e8e
+# %% ../nbs/03_data.ipynb #1b67f80c
+def picture_in(
+    sample:dict, # bytes by ending
+)->str|None:     # the ending of its picture
+    "Where a sample's picture is."
+    return next((k for k in sample if f".{k}".lower() in IMAGE_ENDINGS), None)
+
+def read_piece(
+    shard:str,          # path or address
+    first:int=0,        # sample to begin with
+    last:int|None=None, # the one after the last; None for the end of the shard
+): # yields samples that hold a picture
+    "A shard, or a piece of it. Raises UserError."
+    return islice((sample for sample in read_shard(shard) if picture_in(sample)), first, last)
+
+def interleave(
+    streams:list,       # of iterators
+    rng:random.Random,  # decides whose turn it is
+    n_open:int=8,       # how many are read at the same time
+): # yields what they yield
+    "Mix several streams, so that data sorted by class, as many shards are, come in mixed order."
+    waiting = iter(streams)
+    reading = list(islice(waiting, n_open))
+    while reading:
+        k = rng.randrange(len(reading))
+        try: yield next(reading[k])
+        except StopIteration: reading[k:k+1] = islice(waiting, 1)
+
+# %% ../nbs/03_data.ipynb #42453a38
 class ShardPairs:
     "Pairs from webdataset shards as img2dataset writes them: KEY.jpg or .png with KEY.txt or .json."
     def __init__(self,
@@ -265,25 +294,39 @@ class ShardPairs:
         found = {name:[name] if is_remote(name) else sorted(glob.glob(name)) for name in names}
         missing = [name for name,files in found.items() if not files]
         if missing: raise UserError(f"no shard matches {missing[0]} ({len(missing)} of {len(names)} names match nothing): check --data")
-        self.shards,self.n = [file for name in names for file in found[name]],None
+        self.shards,self.sizes = [file for name in names for file in found[name]],None
 
     def __len__(self): # pictures, counted once
-        if self.n is None: self.n = sum(count_pictures(shard) for shard in progress(self.shards, desc="counting pairs"))
-        return self.n
+        if self.sizes is None: self.sizes = {shard:count_pictures(shard) for shard in progress(self.shards, desc="counting pairs")}
+        return sum(self.sizes.values())
+
+    def share(self, order:list, part:int, n_parts:int)->list[tuple]: # (shard, first sample, the one after the last or None)
+        "Which samples of which shards a part reads: shares of equal size, cut within a shard where need be."
+        if n_parts == 1: return [(shard, 0, None) for shard in order]
+        n,at,found = len(self),0,[]
+        low,high = part*n//n_parts,(part+1)*n//n_parts
+        for shard in order:
+            size = self.sizes[shard]
+            first,last = max(low-at, 0),min(high-at, size)
+            if first < last: found.append((shard, first, None if last == size else last))
+            at += size
+        return found
 
     def samples(self, part:int=0, n_parts:int=1, seed:int|str|None=None):
-        "One pass over a part of the shards; with a seed, samples are shuffled through a buffer of 2,000."
+        "One pass over a part of the pairs. With a seed: shards in random order, eight open at once, and a buffer of 2,000 samples."
         shards = list(self.shards)
-        if seed is not None: random.Random(seed).shuffle(shards)
-        found = (sample for shard in shards[part::n_parts] for sample in read_shard(shard))
-        if seed is not None: found = wds.shuffle(2000, initial=2000, rng=random.Random(f"{seed} {part}"))(found)
+        if seed is None: found = chain.from_iterable(read_piece(*piece) for piece in self.share(shards, part, n_parts))
+        else:
+            random.Random(seed).shuffle(shards)
+            rng = random.Random(f"{seed} {part}")
+            found = interleave([read_piece(*piece) for piece in self.share(shards, part, n_parts)], rng)
+            found = wds.shuffle(2000, initial=2000, rng=rng)(found)
         for sample in found:
-            pics = [k for k in sample if f".{k}".lower() in IMAGE_ENDINGS]
-            if not pics: continue
             text,meta = (to_text(sample[k]) if k in sample else None for k in ("txt", "json"))
-            yield f"{sample['__url__']}:{sample['__key__']}", (lambda data=sample[pics[0]]: Image.open(io.BytesIO(data))), captions_of(text, meta)
+            picture = sample[picture_in(sample)]
+            yield f"{sample['__url__']}:{sample['__key__']}", (lambda data=picture: Image.open(io.BytesIO(data))), captions_of(text, meta)
 
-# %% ../nbs/03_data.ipynb #681d49ea
+# %% ../nbs/03_data.ipynb #6be871c2
 def open_pairs(
     data:str,          # shard pattern, .csv or .tsv, "torchvision:CIFAR10", or a folder
     image_col:str="filepath",  # column of a table
@@ -299,63 +342,3 @@ def open_pairs(
     if ".tar" in data or is_remote(data): return ShardPairs(data)
     raise UserError(f"can't tell what {data!r} is: --data takes 'glyphs', a shard pattern (train-{{0000..0005}}.tar), "
                     "a .csv or .tsv, torchvision:NAME, or a folder that exists")
-
-# %% ../nbs/03_data.ipynb #e372484e
-class PairStream(IterableDataset):
-    "Decoded samples, for ever (training) or once (evaluation); broken images and empty captions are skipped and counted."
-    def __init__(self,
-        pairs,                   # what `open_pairs` gives
-        transform,               # PIL image -> (3, H, W) tensor
-        train:bool=False,        # for ever in random order with one caption drawn, or once in order with all captions
-        seed:int=0,              # order and draws
-        rank:int=0,              # this process
-        world:int=1,             # number of processes
-    ):
-        self.pairs,self.transform,self.train,self.seed,self.rank,self.world = pairs,transform,train,seed,rank,world
-        self.tallies = torch.zeros(256, 3, dtype=torch.long).share_memory_() # a row for each worker: none writes into another's
-
-    @property
-    def counts(self)->Tensor: return self.tallies.sum(0) # used, broken, empty; of all workers
-
-    def _pass(self, part, n_parts, epoch, tally):
-        rng,before,why = random.Random(f"{self.seed} {epoch} {part}"),tally.clone(),""
-        for name,open_image,captions in self.pairs.samples(part, n_parts, f"{self.seed} {epoch}" if self.train else None):
-            if not captions: tally[2] += 1; continue
-            try: img = open_image().convert("RGB")
-            except Exception as e: # whatever a broken file makes a decoder raise
-                tally[1] += 1
-                why = why or f"; the first broken one, {name}: {reason(e)}"
-                continue
-            tally[0] += 1
-            yield self.transform(img), rng.choice(captions) if self.train else captions
-        used,broken,empty = (tally-before).tolist()
-        if not used and (self.train or n_parts == 1):
-            if not broken and not empty: why = "; there are fewer pairs than workers times processes"
-            raise UserError(f"no usable pair in part {part+1} of {n_parts} of the data: broken images: {broken}, without caption: {empty}{why}")
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        workers,wid = (worker.num_workers, worker.id) if worker else (1, 0)
-        for epoch in count() if self.train else range(1):
-            yield from self._pass(self.rank*workers + wid, self.world*workers, epoch, self.tallies[wid % 256])
-
-# %% ../nbs/03_data.ipynb #cadb9996
-def collate(
-    samples:list, # of (image, caption or captions)
-)->tuple[Tensor, list]: # (B, 3, H, W), B captions
-    "Stack the images and keep the texts as they are."
-    images,texts = zip(*samples)
-    return torch.stack(images), list(texts)
-
-def pair_loader(
-    stream:PairStream, # what to read
-    batch_size:int,    # pairs in a batch
-    n_workers:int=0,   # processes that decode; 0 decodes in this one
-)->DataLoader:         # of (images, captions)
-    "Batches of a stream. Raises UserError where workers would stay without a shard."
-    workers = max(1, n_workers)
-    if isinstance(stream.pairs, ShardPairs) and (found := len(stream.pairs.shards)) < workers*stream.world:
-        mend = f"lower --workers to {found//stream.world}" if found >= stream.world else f"start at most {found} processes, or split the shards"
-        raise UserError(f"{workers} workers x {stream.world} processes need at least {workers*stream.world} shards, found {found}: {mend}")
-    return DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=collate, drop_last=stream.train,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=False)

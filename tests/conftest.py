@@ -28,11 +28,21 @@ def as_bytes(img):
     return buffer.getvalue()
 
 
-@pytest.fixture
-def shards(tmp_path):
+def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config): config.addinivalue_line("markers", "slow: takes many minutes, runs with --slow alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="runs with --slow"))
+
+
+def write_shards(folder):
     "Two shards of 24 pairs; pair 5 has a broken image, pair 7 an empty caption, each other two captions."
     for shard in range(2):
-        with tarfile.open(tmp_path/f"pairs-{shard:04d}.tar", "w") as tar:
+        with tarfile.open(folder/f"pairs-{shard:04d}.tar", "w") as tar:
             for i in range(24*shard, 24*shard + 24):
                 data = b"not an image" if i == 5 else as_bytes(picture(i))
                 text = " \n" if i == 7 else f"picture number {i}\nthe {i}th square"
@@ -40,7 +50,15 @@ def shards(tmp_path):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    return f"{tmp_path}/pairs-{{0000..0001}}.tar"
+    return f"{folder}/pairs-{{0000..0001}}.tar"
+
+
+@pytest.fixture
+def shards(tmp_path): return write_shards(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_shards(tmp_path_factory): return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(autouse=True)

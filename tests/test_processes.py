@@ -1,14 +1,17 @@
-"The loss over several processes, in two real ones."
+"Losses over several processes, in real ones: values and gradients are those of one process with all pairs."
+import open_clip
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch.multiprocessing import spawn
 
 from clip_nbdev.clip import create_model
-from clip_nbdev.loss import ClipLoss, clip_loss
+from clip_nbdev.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 from clip_nbdev.text import lm_loss
 
-N, E = 12, 8
+N, E = 24, 8
 
 
 def pairs():
@@ -16,31 +19,76 @@ def pairs():
     return [torch.randn(N, E, dtype=torch.float64, generator=gen) for _ in range(2)]
 
 
-def worker(rank, world, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    leaves = [x.chunk(world)[rank].clone().requires_grad_() for x in pairs()]
-    scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-    loss = ClipLoss()(*(F.normalize(x, dim=-1) for x in leaves), scale)
+def scalars(): return [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (14.3, -3.)]
+
+
+def result(loss_of, leaves):
+    "The loss and the gradients of images, texts, scale and bias."
+    leaves, numbers = [x.clone().requires_grad_() for x in leaves], scalars()
+    loss = loss_of(*(F.normalize(x, dim=-1) for x in leaves), *numbers)
     loss.backward()
-    torch.save([loss.detach(), *[x.grad for x in leaves], scale.grad], f"{out}-{rank}.pt")
+    return [loss.detach(), *(x.grad if x.grad is not None else torch.zeros_like(x) for x in (*leaves, *numbers))]
+
+
+def without_bias(loss): return lambda img, txt, scale, bias: loss(img, txt, scale)
+
+
+OURS = {f"clip local={local} grad={grad} chunk={chunk}": (local, grad, chunk)
+        for local, grad in ((True, True), (False, True), (False, False)) for chunk in (None, 3, 64)}
+SIGMOID = {f"siglip chunk={chunk}": chunk for chunk in (None, 3, 64)}
+
+
+def losses():
+    found = {name: without_bias(ClipLoss(*how)) for name, how in OURS.items()} | {name: SigLipLoss(chunk) for name, chunk in SIGMOID.items()}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return found | {"open_clip siglip": open_clip.loss.SigLipLoss(rank=rank, world_size=world, dist_impl="bidir")}
+
+
+def worker(rank, world, store, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    mine = [x.chunk(world)[rank] for x in pairs()]
+    found = {name: result(loss, mine) for name, loss in losses().items()}
+    torch.save(found, f"{out}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_gathered_loss_and_gradients_are_those_of_one_process(tmp_path):
-    world = 2
-    spawn(worker, (world, tmp_path/"store", tmp_path/"out"), nprocs=world)
-    leaves = [x.clone().requires_grad_() for x in pairs()]
-    scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-    loss = clip_loss(*(F.normalize(x, dim=-1) for x in leaves), scale)
-    loss.backward()
-    for rank in range(world):
-        their_loss, img, txt, s = torch.load(tmp_path/f"out-{rank}.pt")
-        torch.testing.assert_close(their_loss, loss.detach())
-        torch.testing.assert_close(s, scale.grad)
-        # data-parallel training takes the mean over the processes: what one sends is `world` times its share
-        torch.testing.assert_close(img/world, leaves[0].grad.chunk(world)[rank])
-        torch.testing.assert_close(txt/world, leaves[1].grad.chunk(world)[rank])
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request, tmp_path_factory):
+    "What each process found, as data-parallel training combines it: losses and gradients of scalars as means, those of rows joined and divided."
+    world, folder = request.param, tmp_path_factory.mktemp("processes")
+    spawn(worker, (world, folder/"store", folder/"out"), nprocs=world)
+    every = [torch.load(folder/f"out-{rank}.pt") for rank in range(world)]
+    def combine(parts):
+        loss, img, txt, scale, bias = zip(*parts)
+        return [torch.stack(loss).mean(), torch.cat(img)/world, torch.cat(txt)/world, torch.stack(scale).mean(), torch.stack(bias).mean()]
+    return world, {name: combine([r[name] for r in every]) for name in every[0]}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_sharded_losses_and_gradients_are_those_of_one_process(found, name):
+    world, by_processes = found
+    loss, img, txt, scale, _ = result(without_bias(clip_loss), pairs())
+    if not OURS[name][1]: img, txt = img/world, txt/world # as open_clip's: the direction is right, the length is not
+    torch.testing.assert_close(by_processes[name][:4], [loss, img, txt, scale], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", [*SIGMOID, "open_clip siglip"])
+def test_sigmoid_losses_and_gradients_are_those_of_one_process(found, name):
+    torch.testing.assert_close(found[1][name], result(siglip_loss, pairs()), rtol=1e-12, atol=1e-13)
+
+
+def gather_worker(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    x = torch.ones(2, 3, requires_grad=True)
+    assert not Accelerator(cpu=True).gather(x).requires_grad
+    dist.destroy_process_group()
+
+
+def test_accelerates_own_gather_drops_the_graph(tmp_path, monkeypatch):
+    for name, value in dict(WORLD_SIZE="2", MASTER_ADDR="localhost").items(): monkeypatch.setenv(name, value)
+    spawn(gather_worker, (tmp_path/"store",), nprocs=2)
 
 
 def texts_and_pictures():
