@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FLOOR_HELP', 'SAME', 'FULL', 'Source', 'glyph_source', 'file_source', 'make_source', 'retrieval_recall', 'evaluate',
-           'score', 'Meter', 'build_tokenizer', 'build_model', 'build_optimizer', 'build_loss', 'Trainer',
-           'check_finite', 'options', 'save_state', 'load_state', 'share_done', 'describe', 'begin', 'run_steps',
-           'train', 'finish', 'result_tables', 'draw_figures', 'write_report', 'one_line', 'main', 'trial_scores',
-           'trial']
+           'score', 'Meter', 'build_tokenizer', 'build_model', 'build_optimizer', 'build_loss', 'splittable',
+           'with_methods', 'whole_model', 'Trainer', 'check_finite', 'options', 'save_state', 'load_state',
+           'share_done', 'describe', 'begin', 'run_steps', 'train', 'finish', 'result_tables', 'draw_figures',
+           'write_report', 'one_line', 'main', 'trial_scores', 'trial']
 
-# %% ../nbs/13_train.ipynb #6a7d7413
+# %% ../nbs/13_train.ipynb #ec17c914
 import errno
 import json
 import math
@@ -29,8 +29,9 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, gather_object
-from torch import Tensor
+from accelerate.utils import DistributedType, broadcast, gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from .checkpoint import load, save_model, with_img_size
 from .clip import PRESETS, RELEASED, CLIP, create_model
@@ -47,7 +48,7 @@ from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/13_train.ipynb #00a14c26
+# %% ../nbs/13_train.ipynb #c4f6af4c
 @dataclass
 class Source:
     "Where batches come from."
@@ -87,7 +88,7 @@ def make_source(cfg:TrainConfig, img_size:int, rank:int, world:int)->Source:
     "Open the training data. Raises UserError."
     return glyph_source(cfg, img_size, rank) if cfg.data == "glyphs" else file_source(cfg, img_size, rank, world)
 
-# %% ../nbs/13_train.ipynb #47f8d029
+# %% ../nbs/13_train.ipynb #1a749993
 def retrieval_recall(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -105,7 +106,7 @@ def retrieval_recall(
     recalls = recall_at(torch.cat([e[0] for e in embedded]), torch.cat([e[1] for e in embedded]), torch.cat(owners))
     return recalls | dict(n_images=n, broken_images=int(sum(counts)[1]))
 
-# %% ../nbs/13_train.ipynb #87be98d8
+# %% ../nbs/13_train.ipynb #4ab1225f
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -131,14 +132,14 @@ def score(
     values = [*found.get("suite", {}).values(), *(v for k,v in found.get("retrieval", {}).items() if "@" in k)]
     return sum(values)/len(values) if values else None
 
-# %% ../nbs/13_train.ipynb #652c09b9
+# %% ../nbs/13_train.ipynb #af09741d
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high, or far too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: clip_nbdev.loss.overfit_one_batch tells a bug from too little data"""
 
-# %% ../nbs/13_train.ipynb #b7cf18cb
+# %% ../nbs/13_train.ipynb #a153821c
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, trainer):
@@ -173,7 +174,7 @@ class Meter:
         self.bar.close()
         if self.file: self.file.close()
 
-# %% ../nbs/13_train.ipynb #cc5b658e
+# %% ../nbs/13_train.ipynb #6a515733
 def build_tokenizer(
     cfg:TrainConfig, # options
     texts:list,      # captions to learn from, where no released merges are named
@@ -215,7 +216,30 @@ def build_loss(
     chunk_size = cfg.chunk_size or (1024 if n_global > 8192 else None)
     return SigLipLoss(chunk_size) if cfg.loss == "siglip" else ClipLoss(cfg.local_loss, cfg.gather_with_grad, chunk_size)
 
-# %% ../nbs/13_train.ipynb #ab3bf24a
+# %% ../nbs/13_train.ipynb #6f37e2a8
+def splittable(model:CLIP):
+    "FSDP splits neither scalars nor channels-last weights: give temperature and bias one dimension, and convolutions the usual layout."
+    model.to(memory_format=torch.contiguous_format)
+    for name in ("logit_scale", "logit_bias"):
+        if hasattr(model, name): setattr(model, name, nn.Parameter(getattr(model, name).detach().reshape(1)))
+
+def with_methods(model): # a CLIP that FSDP has split
+    "Let FSDP gather the weights for `encode_image` and `encode_text` too, and not for `forward` alone."
+    for name in ("encode_image", "encode_text"): register_fsdp_forward_method(model, name)
+    return model
+
+def whole_model(
+    trainer, # set up, of class `Trainer`
+)->CLIP|None: # None in all processes but the first, where FSDP has split it
+    "The model in one piece. Called by all processes."
+    if not trainer.split: return trainer.model
+    state = trainer.acc.get_state_dict(trainer.wrapped)
+    if not trainer.acc.is_main_process: return None
+    model = CLIP(trainer.model.config)
+    model.load_state_dict({k:v.reshape(model.state_dict()[k].shape) for k,v in state.items()})
+    return model.eval()
+
+# %% ../nbs/13_train.ipynb #c30683ad
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self,
@@ -237,7 +261,11 @@ class Trainer:
         self.source = source or make_source(cfg, cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size, rank, world)
         self.tokenizer = tokenizer or build_tokenizer(cfg, self.source.texts)
         self.model = build_model(cfg, len(self.tokenizer), model)
+        self.split = self.acc.distributed_type == DistributedType.FSDP
+        if self.split: splittable(self.model)
         self.wrapped,self.optimizer = self.acc.prepare(self.model, build_optimizer(cfg, self.model))
+        if self.split: self.model = with_methods(self.wrapped)
+        self.share = (0, 1) if self.split else (rank, world) # of evaluations: no process can use a split model alone
         torch.manual_seed(cfg.seed*1000 + rank) # from here on each process draws its own
         self.n_steps = max(1, round(cfg.epochs*self.source.n_pairs/self.n_global)) if cfg.epochs else cfg.steps
         self.step,self.seconds,self.waited,self.repeats,self.evaluated,self.losses = 0,0.,0.,0.,0,[]
@@ -288,7 +316,7 @@ class Trainer:
         self.stop = stop > 0
         return dict(zip(values, means))
 
-# %% ../nbs/13_train.ipynb #a93f570a
+# %% ../nbs/13_train.ipynb #633d0437
 def check_finite(
     values:dict,        # of the step
     norm:Tensor|None,   # of the gradient
@@ -300,7 +328,7 @@ def check_finite(
     if not lost and precision != "fp16" and norm is not None and not math.isfinite(norm): lost,values = ["gradient"],dict(gradient=float(norm))
     if lost: raise UserError(f"the {lost[0].replace('_', ' ')} is {values[lost[0]]} at step {step}: lower --lr, or use --precision no")
 
-# %% ../nbs/13_train.ipynb #ca3e61bc
+# %% ../nbs/13_train.ipynb #e7c48181
 SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size", "workers", "seed", "scenes", "hold_out_val", "extra_fonts",
         "adam_stats", "text_weights") # what a resumed run must have as it was
 
@@ -331,7 +359,7 @@ def load_state(
     for k,v in (shared | dict(repeats=mine["repeats"])).items(): setattr(trainer, k, v)
     return changed
 
-# %% ../nbs/13_train.ipynb #ad9ff60e
+# %% ../nbs/13_train.ipynb #3b1dc459
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -351,7 +379,7 @@ def describe(
         lines.append(f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: more processes, or --batch-size with --micro-batch, come nearer to it")
     return "\n".join(lines)
 
-# %% ../nbs/13_train.ipynb #2139e6ca
+# %% ../nbs/13_train.ipynb #469c4b72
 def begin(
     trainer:Trainer, # set up
 ):
@@ -372,7 +400,7 @@ def begin(
     t.acc.wait_for_everyone()
     if t.cfg.tracker: t.acc.init_trackers("clip_nbdev", {k:v for k,v in options(t.cfg).items() if isinstance(v, (int, float, str, bool))})
 
-# %% ../nbs/13_train.ipynb #26e87a68
+# %% ../nbs/13_train.ipynb #a463deae
 def run_steps(
     trainer:Trainer, # at any step
     meter:Meter,     # of the trainer
@@ -382,7 +410,7 @@ def run_steps(
     while (share := share_done(t)) < 1:
         if cfg.evals and int(share*cfg.evals) > t.evaluated:
             t.evaluated = int(share*cfg.evals)
-            found = evaluate(cfg, t.model, t.tokenizer, False, t.acc.process_index, t.acc.num_processes)
+            found = evaluate(cfg, t.model, t.tokenizer, False, *t.share)
             meter.write(step=t.step, **found)
             if cfg.checkpoint_every: save_state(t, score(found))
         values = t.train_step(share)
@@ -396,7 +424,7 @@ def run_steps(
             raise Stopped(f"stopped by {why} after step {t.step}; saved as {save_state(t)}: the same command with --resume goes on", code)
         if cfg.checkpoint_every and t.step % cfg.checkpoint_every == 0: save_state(t)
 
-# %% ../nbs/13_train.ipynb #ad21c96c
+# %% ../nbs/13_train.ipynb #d5f198d7
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -420,7 +448,7 @@ def train(
             meter.close()
             trainer.acc.end_training()
 
-# %% ../nbs/13_train.ipynb #3252b037
+# %% ../nbs/13_train.ipynb #be585621
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # what a full disk, or a limit, says
 
 def finish(
@@ -430,20 +458,21 @@ def finish(
     "Evaluate everything, write the model, report, figures, and last of all the record that says the run is finished."
     t,cfg,acc = trainer,trainer.cfg,trainer.acc
     meter.bar.close()
-    found = evaluate(cfg, t.model, t.tokenizer, True, acc.process_index, acc.num_processes)
+    found = evaluate(cfg, t.model, t.tokenizer, True, *t.share)
+    model = whole_model(t)
     counts = getattr(t.source.position, "counts", None)
     if counts is not None: counts = acc.reduce(counts.to(acc.device), "sum").tolist()
     repeats = acc.reduce(torch.tensor(t.repeats/t.step, device=acc.device), "mean").item()
     if not acc.is_main_process: return {}
-    save_model(t.model, t.tokenizer, cfg.out, train=options(cfg), processes=acc.num_processes, hardware=hardware(), torch=torch.__version__)
+    save_model(model, t.tokenizer, cfg.out, train=options(cfg), processes=acc.num_processes, hardware=hardware(), torch=torch.__version__)
     last = dict(steps=t.step, seconds=round(t.seconds, 1), pairs=t.step*t.n_global, batch=t.n_global, waiting=round(t.waited/t.seconds, 3),
                 repeated_captions=round(repeats, 4), **found)
     if counts is not None: last |= dict(zip(("used", "broken_images", "empty_captions", "put_off"), counts))
-    write_report(cfg, t.model, t.tokenizer, last, t.losses)
+    write_report(cfg, model, t.tokenizer, last, t.losses)
     meter.write(**last)
     return last
 
-# %% ../nbs/13_train.ipynb #e7ee0095
+# %% ../nbs/13_train.ipynb #67bbc9f2
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -480,7 +509,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/13_train.ipynb #b1350aaf
+# %% ../nbs/13_train.ipynb #f1d65972
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained
@@ -499,7 +528,7 @@ def write_report(
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
 
-# %% ../nbs/13_train.ipynb #2b16b476
+# %% ../nbs/13_train.ipynb #52df7540
 def one_line(
     error:Exception, # raised here or in a process that reads data
 )->str:
@@ -524,10 +553,10 @@ def main():
     finally:
         if distributed.is_available() and distributed.is_initialized(): distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #24f830e2
+# %% ../nbs/13_train.ipynb #b0c116d7
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/13_train.ipynb #4faf7efa
+# %% ../nbs/13_train.ipynb #f43678ed
 def trial_scores(
     model:CLIP,             # trained
     tokenizer:BPETokenizer, # of the model
@@ -543,7 +572,7 @@ def trial_scores(
         if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
     return out
 
-# %% ../nbs/13_train.ipynb #b4a14748
+# %% ../nbs/13_train.ipynb #c6cf658b
 def trial(
     build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
     seed:int=0,            # weights and pairs

@@ -1,6 +1,9 @@
 "Losses over several processes, in real ones: values and gradients are those of one process with all pairs."
+import socket
+
 import open_clip
 import pytest
+import same_run
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -124,3 +127,22 @@ def test_data_parallel_towers_with_a_language_model_have_the_gradients_of_one_pr
     for rank in range(2):
         for name, grad in torch.load(tmp_path/f"out-{rank}.pt").items():
             torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("world, options", [(2, {}), (4, {}), (2, dict(local_loss=False)), (2, dict(micro_batch=4)), (2, dict(loss="siglip", chunk_size=5))],
+                         ids=["2", "4", "2 whole matrix", "2 cached", "2 siglip"])
+def test_runs_in_several_processes_are_the_run_of_one(tmp_path, port, world, options):
+    "The same global batches, twenty steps, float32: losses and weights to 1e-4."
+    spawn(same_run.run, (world, port, tmp_path/"run", "tiny-vit", options), nprocs=world)
+    same_run.run(0, 1, port, tmp_path/"run", "tiny-vit", {k: v for k, v in options.items() if k == "loss"})
+    one, several = (torch.load(tmp_path/f"run-{n}.pt") for n in (1, world))
+    torch.testing.assert_close(several["losses"], one["losses"], rtol=0, atol=1e-4)
+    assert one["losses"][0] - one["losses"][-1] > 0.3 # it moved
+    for name, weight in one["weights"].items(): torch.testing.assert_close(several["weights"][name], weight, rtol=0, atol=1e-4, msg=name)
