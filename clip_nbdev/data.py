@@ -8,7 +8,7 @@ __all__ = ['MEAN', 'STD', 'IMAGE_ENDINGS', 'DAMAGED', 'normalize', 'RandomSquare
            'TorchvisionPairs', 'is_remote', 'damaged', 'check_end', 'listed', 'count_pictures', 'read_shard',
            'picture_in', 'read_piece', 'interleave', 'ShardPairs', 'open_pairs']
 
-# %% ../nbs/03_data.ipynb #ed381d16
+# %% ../nbs/03_data.ipynb #f8d164b1
 import csv
 import glob
 import io
@@ -34,7 +34,7 @@ from webdataset.gopen import gopen
 
 from .core import UserError, data_dir, progress
 
-# %% ../nbs/03_data.ipynb #d68cd396
+# %% ../nbs/03_data.ipynb #a59bf3bd
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,7 +46,7 @@ def normalize(
     mean,std = (torch.tensor(v, device=images.device)[:,None,None] for v in (MEAN,STD))
     return ((images-mean)/std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/03_data.ipynb #04251271
+# %% ../nbs/03_data.ipynb #9759ba47
 class RandomSquareCrop(nn.Module):
     "A random square of a picture, resized: CLIP's only augmentation (section 2.3)."
     def __init__(self,
@@ -64,7 +64,7 @@ class RandomSquareCrop(nn.Module):
         left,top = (int(torch.randint(n-side+1, ())) for n in img.size)
         return resized_crop(img, top, left, side, side, [self.img_size]*2, InterpolationMode.BICUBIC, antialias=True)
 
-# %% ../nbs/03_data.ipynb #52a15059
+# %% ../nbs/03_data.ipynb #a4428e11
 def normalize_one(
     image:Tensor, # (3, H, W): uint8, or float between 0 and 1
 )->Tensor:        # (3, H, W) float
@@ -82,7 +82,7 @@ def image_transform(
     else:     crop = [T.Resize(img_size, InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(img_size)]
     return T.Compose([T.RGB(), *crop, T.PILToTensor(), *([normalize_one] if normalized else [])])
 
-# %% ../nbs/03_data.ipynb #e84b6eed
+# %% ../nbs/03_data.ipynb #0fef529a
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 def captions_of(
@@ -98,7 +98,7 @@ def captions_of(
         if not isinstance(lines, list): lines = [lines]
     return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
 
-# %% ../nbs/03_data.ipynb #6186c185
+# %% ../nbs/03_data.ipynb #71ca468e
 def to_text(
     data:bytes, # a .txt or .json file
 )->str:
@@ -112,7 +112,7 @@ def reason(
     text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     return (text.split(" @ ")[0].splitlines() or [type(error).__name__])[0].strip(" :")
 
-# %% ../nbs/03_data.ipynb #6160be26
+# %% ../nbs/03_data.ipynb #53be69a9
 class FilePairs:
     "Pairs whose pictures are files: a list of (path, captions)."
     def __init__(self,
@@ -137,7 +137,7 @@ class FilePairs:
             path,captions = self.items[i]
             yield str(path), (lambda path=path: Image.open(path)), captions
 
-# %% ../nbs/03_data.ipynb #37f81784
+# %% ../nbs/03_data.ipynb #c96b394b
 def read_table(
     path:str|Path,     # .csv, or .tsv with tabs, with a header
     image_col:str,     # column of the image paths
@@ -168,7 +168,7 @@ class TablePairs(FilePairs):
         found = read_table(path, image_col, caption_col)
         super().__init__([(Path(path).parent/img, captions) for img,captions in found.items()], f"{path}, column {caption_col!r}")
 
-# %% ../nbs/03_data.ipynb #ab15d97e
+# %% ../nbs/03_data.ipynb #3b6fd1fe
 class FolderPairs(FilePairs):
     "Pairs from a folder: images with a .txt or .json of the same name, or else one sub-folder a class."
     def __init__(self,
@@ -185,7 +185,7 @@ class FolderPairs(FilePairs):
         else: captions = [[template.format(f.parent.name.replace("_", " "))] for f in files]
         super().__init__(zip(files, captions), path)
 
-# %% ../nbs/03_data.ipynb #8ca744bb
+# %% ../nbs/03_data.ipynb #04c8dcaa
 class TorchvisionPairs:
     "Pairs from one of torchvision's labelled sets: the class names, put into a template, are the captions."
     def __init__(self,
@@ -215,7 +215,7 @@ class TorchvisionPairs:
             img,label = self.data[i]
             yield f"{i}", (lambda img=img: img), [self.captions[label]]
 
-# %% ../nbs/03_data.ipynb #54e069d1
+# %% ../nbs/03_data.ipynb #1a3b8420
 DAMAGED = (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) # what reading a broken shard may raise
 
 def is_remote(name:str)->bool: # "https://…", "pipe:aws s3 cp …"
@@ -256,7 +256,7 @@ def count_pictures(
         with tarfile.open(**how) as tar: return sum(member.name.lower().endswith(IMAGE_ENDINGS) for member in tar)
     except DAMAGED as e: raise damaged(shard, e) from None
 
-# %% ../nbs/03_data.ipynb #6187533b
+# %% ../nbs/03_data.ipynb #50b98597
 def read_shard(
     shard:str, # path or address
 ): # yields dicts: "__key__", "__url__", and bytes by ending
@@ -266,7 +266,7 @@ def read_shard(
         if not is_remote(shard): check_end(shard)
     except DAMAGED as e: raise damaged(shard, e) from None
 
-# %% ../nbs/03_data.ipynb #27b087b1
+# %% ../nbs/03_data.ipynb #b40f3949
 def picture_in(
     sample:dict, # bytes by ending
 )->str|None:     # the ending of its picture
@@ -281,7 +281,7 @@ def read_piece(
     "A shard, or a piece of it. Raises UserError."
     return islice((sample for sample in read_shard(shard) if picture_in(sample)), first, last)
 
-# %% ../nbs/03_data.ipynb #2edf06c8
+# %% ../nbs/03_data.ipynb #8d78443c
 def interleave(
     streams:list,       # of iterators
     rng:random.Random,  # decides whose turn it is
@@ -295,7 +295,7 @@ def interleave(
         try: yield next(reading[k])
         except StopIteration: reading[k:k+1] = islice(waiting, 1)
 
-# %% ../nbs/03_data.ipynb #d37e7712
+# %% ../nbs/03_data.ipynb #f5a4a25f
 class ShardPairs:
     "Pairs from webdataset shards as img2dataset writes them: KEY.jpg or .png with KEY.txt or .json."
     def __init__(self,
@@ -337,7 +337,7 @@ class ShardPairs:
             picture = sample[picture_in(sample)]
             yield f"{sample['__url__']}:{sample['__key__']}", (lambda data=picture: Image.open(io.BytesIO(data))), captions_of(text, meta)
 
-# %% ../nbs/03_data.ipynb #b9e8aa3c
+# %% ../nbs/03_data.ipynb #911ecea8
 def open_pairs(
     data:str,          # shard pattern, .csv or .tsv, "torchvision:CIFAR10", or a folder
     image_col:str="filepath",  # column of a table

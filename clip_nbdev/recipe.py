@@ -7,7 +7,7 @@ __all__ = ['RESNET', 'VIT', 'PAPER_LR', 'PAPER_BATCH', 'RECIPES', 'SMALL', 'RUN_
            'TrainConfig', 'check_numbers', 'check_together', 'check_folder', 'check', 'parameter_groups', 'lr_at',
            'bf16_is_faster', 'pick_precision', 'n_cores', 'preset_of', 'resolve']
 
-# %% ../nbs/12b_recipe.ipynb #5b590ccf
+# %% ../nbs/12b_recipe.ipynb #00e89db5
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from torch import nn
 from .clip import PRESETS
 from .core import UserError
 
-# %% ../nbs/12b_recipe.ipynb #33fe12ef
+# %% ../nbs/12b_recipe.ipynb #b4c03ccf
 @dataclass
 class DataOptions:
     "What is learned from, and what is evaluated on."
@@ -37,7 +37,7 @@ class DataOptions:
     hold_out_val:bool=False        # keep the validation concepts out too and evaluate on them: for choosing a design (glyphs only)
     extra_fonts:tuple[str, ...]=() # font files whose characters are added, colour emoji fonts too (glyphs only)
 
-# %% ../nbs/12b_recipe.ipynb #514a7ffb
+# %% ../nbs/12b_recipe.ipynb #38cc1ce4
 @dataclass
 class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
@@ -63,7 +63,7 @@ class RecipeOptions(DataOptions):
     gather_with_grad:bool=True                             # texts of other processes get their gradient; a local loss needs it
     chunk_size:int|None=None                               # rows of the similarities in memory at a time; default all, or 1024 where a step has more than 8192 pairs
 
-# %% ../nbs/12b_recipe.ipynb #272d44f4
+# %% ../nbs/12b_recipe.ipynb #b4cb22b0
 @dataclass
 class TrainConfig(RecipeOptions):
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -81,7 +81,7 @@ class TrainConfig(RecipeOptions):
     tracker:str|None=None                                  # also log through accelerate: tensorboard, wandb, ...; metrics.jsonl is always written
     threads:int|None=None                                  # CPU threads a process; default all cores over the processes of this machine
 
-# %% ../nbs/12b_recipe.ipynb #5c796edd
+# %% ../nbs/12b_recipe.ipynb #6b7e8f59
 RESNET,VIT = dict(beta2=0.999, eps=1e-8),dict(beta2=0.98, eps=1e-6) # table 18; of Adam, by family
 PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":3.6e-4,
             "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, "ViT-L/14@336px":2e-5} # tables 19 and 20; the last for one more epoch
@@ -92,7 +92,7 @@ RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "glyphs-vit": d
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
             "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
-# %% ../nbs/12b_recipe.ipynb #2d893c78
+# %% ../nbs/12b_recipe.ipynb #534d528b
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures", "checkpoints", "logs"} # all that a run folder holds, and all that --overwrite replaces
 
@@ -102,14 +102,14 @@ def check_numbers(cfg:TrainConfig):
     for k in ("minutes", "steps", "epochs", "batch_size", "micro_batch", "img_size", "lr", "threads", "grad_clip", "chunk_size", "keep"):
         if getattr(cfg, k) is not None and not 0 < getattr(cfg, k) < math.inf: raise UserError(f"{option(k)} must be a number above 0")
     for k in ("workers", "warmup", "evals", "weight_decay", "eps", "lm_weight", "checkpoint_every"):
-        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < math.inf: raise UserError(f"{option(k)} must be a number that is not below 0")
+        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < math.inf: raise UserError(f"{option(k)} must not be below 0 or infinite")
     for k in ("beta1", "beta2"):
         if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < 1: raise UserError(f"{option(k)} must be at least 0 and below 1")
     if cfg.batch_size is not None and cfg.batch_size < 2: raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
     if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
     if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
 
-# %% ../nbs/12b_recipe.ipynb #23c102b7
+# %% ../nbs/12b_recipe.ipynb #9424f460
 def check_together(cfg:TrainConfig):
     "Raise UserError for options that contradict each other."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -128,7 +128,7 @@ def check_together(cfg:TrainConfig):
     if cfg.preset is not None and cfg.preset not in PRESETS: raise UserError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
     if cfg.precision == "fp16" and not torch.cuda.is_available(): raise UserError("--precision fp16 needs a GPU: use bf16 or no")
 
-# %% ../nbs/12b_recipe.ipynb #36678ca0
+# %% ../nbs/12b_recipe.ipynb #0a0ed886
 def check_folder(cfg:TrainConfig):
     "Raise UserError where --out must not be written to."
     if cfg.out.exists() and not cfg.out.is_dir(): raise UserError(f"--out {cfg.out} is a file: give a folder")
@@ -142,7 +142,7 @@ def check(cfg:TrainConfig):
     "Raise UserError for options that can't be, before anything long begins."
     for of in (check_numbers, check_together, check_folder): of(cfg)
 
-# %% ../nbs/12b_recipe.ipynb #96b9e606
+# %% ../nbs/12b_recipe.ipynb #641993d5
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -152,7 +152,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/12b_recipe.ipynb #04829a05
+# %% ../nbs/12b_recipe.ipynb #254db1cb
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -162,7 +162,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/12b_recipe.ipynb #383c3af6
+# %% ../nbs/12b_recipe.ipynb #d050ba74
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -181,7 +181,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/12b_recipe.ipynb #a76ef0e4
+# %% ../nbs/12b_recipe.ipynb #b48e3594
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -190,7 +190,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/12b_recipe.ipynb #60e20b4d
+# %% ../nbs/12b_recipe.ipynb #9f133cdb
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -205,7 +205,7 @@ def preset_of(
     name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
     return name if name in PRESETS else None
 
-# %% ../nbs/12b_recipe.ipynb #47842fe1
+# %% ../nbs/12b_recipe.ipynb #38f315d0
 def resolve(cfg:TrainConfig)->TrainConfig:
     "The options with every default worked out, as config.json records them. Raises UserError."
     check(cfg)

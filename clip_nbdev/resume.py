@@ -6,7 +6,7 @@
 __all__ = ['sync', 'replace_folder', 'checksum', 'checksums', 'CheckpointFolder', 'CheckpointReader', 'Checkpoints', 'Stopped',
            'launched', 'StopSignals', 'last_record', 'rewind']
 
-# %% ../nbs/12d_resume.ipynb #396cd8fe
+# %% ../nbs/12d_resume.ipynb #7d0d8409
 import errno
 import json
 import math
@@ -27,7 +27,7 @@ from .checkpoint import write_json
 from .core import UserError
 from .data import reason
 
-# %% ../nbs/12d_resume.ipynb #fe1a3b8d
+# %% ../nbs/12d_resume.ipynb #66cc3c36
 def sync(
     path:Path, # a file or folder
 ):
@@ -47,7 +47,7 @@ def replace_folder(
     aside.rename(final)
     sync(final.parent)
 
-# %% ../nbs/12d_resume.ipynb #ee174a02
+# %% ../nbs/12d_resume.ipynb #ba0a9dfe
 def checksum(
     path:Path, # a file
 )->int:        # CRC-32
@@ -60,7 +60,7 @@ def checksums(
     "Of every file but the description that holds them."
     return {str(p.relative_to(folder)):checksum(p) for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("about.json")}
 
-# %% ../nbs/12d_resume.ipynb #56579a6a
+# %% ../nbs/12d_resume.ipynb #1d0b509a
 class CheckpointFolder:
     "The folder of a run's checkpoints: which there are, which is the best, which may go."
     def __init__(self,
@@ -94,7 +94,7 @@ class CheckpointFolder:
             path.rename(self.folder/"unfinished") # so that half a folder never bears a checkpoint's name
             shutil.rmtree(self.folder/"unfinished")
 
-# %% ../nbs/12d_resume.ipynb #71f4c76b
+# %% ../nbs/12d_resume.ipynb #5ebc82b5
 class CheckpointReader(CheckpointFolder):
     "Reads the checkpoints of a run."
     def check(self, path:Path):
@@ -119,7 +119,7 @@ class CheckpointReader(CheckpointFolder):
             raise UserError(f"{path} does not fit this run ({reason(e)}): resume it with the options that it was started with") from None
         return shared, mine
 
-# %% ../nbs/12d_resume.ipynb #5ad94fb5
+# %% ../nbs/12d_resume.ipynb #522b60ad
 class Checkpoints(CheckpointReader):
     "Writes and reads the checkpoints of a run. A kill at any instant leaves the last good one."
     def write(self,
@@ -156,7 +156,7 @@ class Checkpoints(CheckpointReader):
             self.prune()
         acc.wait_for_everyone()
 
-# %% ../nbs/12d_resume.ipynb #6523636b
+# %% ../nbs/12d_resume.ipynb #e55f01fd
 class Stopped(Exception):
     "A run that ended early, on purpose, with its state saved."
     def __init__(self, message:str, code:int): # for the user; exit code
@@ -167,7 +167,7 @@ def launched()->bool:
     "Whether a launcher (accelerate, torchrun) is this process's parent."
     return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
 
-# %% ../nbs/12d_resume.ipynb #86555613
+# %% ../nbs/12d_resume.ipynb #d40e41cd
 class StopSignals:
     "Context manager: SIGTERM, Ctrl-C and the end of the launcher are noticed, for the training loop to ask about."
     def __init__(self): self.got,self.parent = None,os.getppid() if launched() else None
@@ -190,7 +190,7 @@ class StopSignals:
         if self.got == signal.SIGTERM: return "SIGTERM",143
         if self.parent and os.getppid() != self.parent: return "the end of its launcher",143
 
-# %% ../nbs/12d_resume.ipynb #ebb20444
+# %% ../nbs/12d_resume.ipynb #ec2a736d
 def last_record(
     path:Path, # metrics.jsonl
 )->dict:       # empty where there is none

@@ -1,6 +1,8 @@
 "Whole commands: what a user types, what lies in the folder afterwards, what a mistake says."
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,15 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clip_nbdev import load
+from clip_nbdev import report as report_module
 from clip_nbdev import train as train_module
+from clip_nbdev.core import UserError
 from clip_nbdev.glyphs import GlyphPairs
+from clip_nbdev.resume import Stopped
 from clip_nbdev.train import TrainConfig, train
 
 ACCELERATE = Path(sys.executable).parent/"accelerate"
@@ -22,7 +29,7 @@ def tiny(out, **options): return TrainConfig(**dict(out=Path(out), preset="tiny"
 
 
 @pytest.fixture
-def small_suite(monkeypatch): monkeypatch.setattr(train_module, "SUITE", ("dice", "cards_unseen"))
+def small_suite(monkeypatch): monkeypatch.setattr(report_module, "SUITE", ("dice", "cards_unseen"))
 
 
 def last_record(run): return json.loads((Path(run)/"metrics.jsonl").read_text().splitlines()[-1])
@@ -103,6 +110,135 @@ def test_overwrite_replaces_a_run(tmp_path, small_suite):
     assert (tmp_path/"run"/"open_clip_model.safetensors").read_bytes() != before
 
 
+def at_step(monkeypatch, number, act):
+    "Do something after a step of the run."
+    plain = train_module.Meter.step
+    def step(meter, values):
+        plain(meter, values)
+        if meter.trainer.step == number: act(meter.trainer)
+    monkeypatch.setattr(train_module.Meter, "step", step)
+
+
+def weights(run): return (Path(run)/"open_clip_model.safetensors").read_bytes()
+
+
+def test_stopped_glyph_run_goes_on_to_the_same_weights(tmp_path, small_suite, monkeypatch, capsys):
+    options = dict(steps=8, checkpoint_every=3, evals=2, batch_size=16)
+    train(tiny(tmp_path/"whole", **options))
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped by SIGTERM after step 6; saved as .*step-00000006: the same command with --resume goes on"):
+            train(tiny(tmp_path/"run", **options))
+    capsys.readouterr()
+    train(tiny(tmp_path/"run", **options, resume=True))
+    assert "resumed from step 6" in capsys.readouterr().out
+    assert weights(tmp_path/"run") == weights(tmp_path/"whole")
+    losses = [[r["loss"] for r in map(json.loads, (tmp_path/name/"metrics.jsonl").read_text().splitlines()) if "loss" in r] for name in ("run", "whole")]
+    assert losses[0] == losses[1]
+    assert train(tiny(tmp_path/"run", **options, resume=True))["steps"] == 8
+    assert "is finished (8 steps): nothing to resume" in capsys.readouterr().out
+    with pytest.raises(UserError, match="already holds a run: choose another --out, go on with it by --resume"): train(tiny(tmp_path/"run", **options))
+
+
+def test_checkpoints_keep_the_last_and_the_best(tmp_path, small_suite, monkeypatch):
+    scores = iter((0.9, 0.1, 0.2))
+    monkeypatch.setattr(train_module, "score", lambda found: next(scores))
+    train(tiny(tmp_path/"run", steps=16, evals=4, checkpoint_every=1, keep=2))
+    names = [p.name for p in sorted((tmp_path/"run"/"checkpoints").iterdir())]
+    assert names == ["step-00000004", "step-00000015", "step-00000016"] # the evaluation of step 4 was the best
+
+
+def test_resume_starts_afresh_where_there_is_nothing(tmp_path, small_suite, capsys):
+    train(tiny(tmp_path/"run", resume=True))
+    assert "starting afresh" in capsys.readouterr().out
+
+
+def test_resume_refuses_another_model_and_says_other_options(tmp_path, small_suite, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped): train(tiny(tmp_path/"run"))
+    with pytest.raises(UserError, match=r"had other options \(batch_size 8 -> 4\)"): train(tiny(tmp_path/"run", batch_size=4, resume=True))
+    train(tiny(tmp_path/"run", lr=1e-5, resume=True))
+    assert "with other options: lr 0.002 -> 1e-05" in capsys.readouterr().out
+
+
+def break_weights(trainer):
+    with torch.no_grad(): trainer.model.visual.conv1.weight.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(tmp_path, small_suite, monkeypatch):
+    at_step(monkeypatch, 3, break_weights)
+    with pytest.raises(UserError, match="the loss is nan at step 4: lower --lr, .* Last good checkpoint: .*step-00000002; the same command with --resume goes on from it"):
+        train(tiny(tmp_path/"run", steps=8, checkpoint_every=2))
+
+
+def test_a_shard_that_vanishes_names_the_last_good_checkpoint(tmp_path, shards, monkeypatch):
+    at_step(monkeypatch, 3, lambda trainer: (tmp_path/"pairs-0001.tar").unlink())
+    with pytest.raises(UserError, match="pairs-0001.tar .*No such file.* Last good checkpoint: .*step-0000000"):
+        train(tiny(tmp_path/"run", data=shards, steps=40, checkpoint_every=2))
+
+
+def test_a_full_disk_names_the_last_good_checkpoint(tmp_path, small_suite, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
+        try:
+            with pytest.raises(UserError, match="the checkpoint of step 4 can't be written .* Last good checkpoint: .*step-00000002"):
+                train(tiny(tmp_path/"run", steps=8, checkpoint_every=2))
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    train(tiny(tmp_path/"run", steps=8, checkpoint_every=2, resume=True)) # and with space again it goes on
+
+
+def test_gradient_caching_is_the_plain_step(tmp_path, small_suite):
+    for name, micro in (("plain", None), ("cached", 3)): train(tiny(tmp_path/name, preset="tiny-vit", micro_batch=micro, steps=5))
+    ours, cached = (load_file(tmp_path/name/"open_clip_model.safetensors") for name in ("plain", "cached"))
+    for k, v in ours.items(): torch.testing.assert_close(cached[k], v, rtol=0, atol=1e-5, msg=k)
+
+
+def test_gradient_checkpointing_is_the_plain_step(tmp_path, small_suite):
+    for name, on in (("plain", False), ("checkpointed", True)): train(tiny(tmp_path/name, grad_checkpointing=on, steps=5))
+    assert weights(tmp_path/"plain") == weights(tmp_path/"checkpointed")
+
+
+def test_half_precision_storage_trains_and_resumes(tmp_path, small_suite, monkeypatch):
+    options = dict(adam_stats="bfloat16", text_weights="bfloat16", precision="bf16", steps=6)
+    train(tiny(tmp_path/"whole", **options))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped): train(tiny(tmp_path/"run", **options))
+    train(tiny(tmp_path/"run", **options, resume=True))
+    assert weights(tmp_path/"run") == weights(tmp_path/"whole")
+    state = load_file(tmp_path/"run"/"open_clip_model.safetensors")
+    assert state["token_embedding.weight"].dtype == torch.bfloat16 and state["visual.conv1.weight"].dtype == torch.float32
+    assert load(tmp_path/"run")[0].text.token_embedding.weight.dtype == torch.float32 # weights load in float32
+
+
+def test_sigmoid_loss_run_opens_in_open_clip(tmp_path, small_suite):
+    train(tiny(tmp_path/"run", loss="siglip", steps=30, batch_size=16, lr=3e-3))
+    records = [json.loads(line) for line in (tmp_path/"run"/"metrics.jsonl").read_text().splitlines()]
+    assert records[1]["loss"] < records[0]["loss"]
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path/'run'}")
+    ours = load(tmp_path/"run")[0]
+    torch.testing.assert_close(theirs.logit_bias, ours.logit_bias)
+    assert -11 < ours.logit_bias.item() < -9 and ours.logit_bias.item() != -10
+
+
+def test_second_run_at_a_higher_resolution(tmp_path, small_suite, capsys):
+    "FixRes, as ViT-L/14 went from 224 to 336 pixels."
+    train(tiny(tmp_path/"first", preset="tiny-vit", steps=6))
+    train(tiny(tmp_path/"second", preset=None, init=tmp_path/"first", img_size=48, lr=1e-9, warmup=0, steps=1))
+    first, second = (load(tmp_path/name)[0] for name in ("first", "second"))
+    assert second.config.img_size == 48 and len(second.visual.positional_embedding) == 37
+    torch.testing.assert_close(second.text.token_embedding.weight, first.text.token_embedding.weight, rtol=0, atol=1e-6)
+    assert weights(tmp_path/"first") != weights(tmp_path/"second")
+
+
+def test_tracker_is_written(tmp_path, small_suite):
+    train(tiny(tmp_path/"run", tracker="tensorboard", steps=20))
+    found = EventAccumulator(str(tmp_path/"run"/"logs"/"clip_nbdev")).Reload()
+    assert [e.step for e in found.Scalars("loss")] == [1, 20]
+
+
 class NoisePairs(GlyphPairs):
     "Pairs whose pictures say nothing."
     def batch(self, n):
@@ -129,6 +265,14 @@ class NoisePairs(GlyphPairs):
     (["--beta2", "1"], "--beta2 must be"),
     (["--lm-weight", "0.1", "--text-tower", "bow"], "a bag of words has no next word"),
     (["--lm-weight", "-1"], "--lm-weight must not be below 0"),
+    (["--no-gather-with-grad"], "points the wrong way"),
+    (["--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
+    (["--text-weights", "bfloat16", "--precision", "no"], "--text-weights bfloat16 needs --precision bf16"),
+    (["--lm-weight", "0.1", "--micro-batch", "2"], "can't be used together"),
+    (["--init", "nowhere"], "no run folder"),
+    (["--init", "old"], "was not written by a run"),
+    (["--tracker", "nonsense", "--steps", "1"], "--tracker nonsense"),
+    (["--data", "table.csv", "--caption-col", "text", "--batch-size", "4"], "fewer than one batch"),
 ])
 def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.chdir(tmp_path)
@@ -160,17 +304,19 @@ def test_launcher_says_a_mistake_without_a_traceback(tmp_path):
 def test_help_answers(tmp_path):
     done = launch("-m", "clip_nbdev.train", "--help", cwd=tmp_path)
     assert done.returncode == 0
-    for option in ("--data", "--preset", "--out", "--batch-size", "--minutes", "--steps", "--epochs", "--eval-data", "--threads", "--precision"):
+    for option in ("--data", "--preset", "--out", "--batch-size", "--minutes", "--steps", "--epochs", "--eval-data", "--threads", "--precision", "--checkpoint-every", "--resume", "--micro-batch", "--tracker"):
         assert option in done.stdout
 
 
 def test_two_processes_run_to_the_end(tmp_path, shards):
     done = launch("--multi_gpu", "--num_processes", "2", "-m", "clip_nbdev.train", "--data", shards, "--preset", "tiny", "--steps", "4",
-                  "--batch-size", "8", "--out", "run", "--threads", "1", cwd=tmp_path)
+                  "--batch-size", "8", "--out", "run", "--threads", "1", "--eval-data", shards, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 pairs a process, 16 a step, each contrasted with 15 others" in done.stdout
     assert last_record(tmp_path/"run")["pairs"] == 64
-    load(tmp_path/"run")
+    model, _, tokenizer = load(tmp_path/"run")
+    alone = train_module.evaluate(TrainConfig(data=shards, eval_data=shards), model, tokenizer)
+    assert alone["retrieval"] == last_record(tmp_path/"run")["retrieval"] # two processes measured what one does
 
 
 def test_two_processes_agree_when_time_is_up(tmp_path, shards):
