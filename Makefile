@@ -38,7 +38,7 @@ export: $(VENV)/dev-ok
 
 readme: $(VENV)/dev-ok
 	$(BIN)/python -m nbconvert --log-level ERROR --no-input --to markdown --output-dir . --output README nbs/index.ipynb
-	sed -i.old -E 's#\]\(([0-9]{2}_)#](nbs/\1#g' README.md && rm README.md.old
+	sed -i.old -E 's#\]\(([0-9]{2}[a-z]?_)#](nbs/\1#g' README.md && rm README.md.old
 
 test: $(VENV)/dev-ok
 	$(BIN)/python -m pyflakes clip_nbdev tests

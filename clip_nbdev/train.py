@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FULL', 'Source', 'glyph_source', 'file_source', 'make_source', 'build_tokenizer', 'build_model',
-           'build_optimizer', 'build_loss', 'splittable', 'with_methods', 'whole_model', 'check_tracker', 'Trainer',
-           'check_finite', 'options', 'fingerprint', 'save_state', 'load_state', 'share_done', 'describe', 'begin',
-           'share_buffers', 'run_steps', 'train', 'finish', 'one_line', 'main', 'trial_scores', 'trial']
+           'build_optimizer', 'build_loss', 'splittable', 'prepare', 'whole_model', 'check_tracker', 'make_accelerator',
+           'embed', 'add_gradients', 'agree', 'check_finite', 'descend', 'Trainer', 'options', 'fingerprint',
+           'save_state', 'load_state', 'share_done', 'describe', 'begin', 'share_buffers', 'run_steps', 'train',
+           'finish', 'one_line', 'main', 'trial_scores', 'trial']
 
-# %% ../nbs/13_train.ipynb #106d10a4
+# %% ../nbs/13_train.ipynb #1be3ec68
 import errno
 import json
 import math
@@ -47,7 +48,7 @@ from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite
 
-# %% ../nbs/13_train.ipynb #3717cb51
+# %% ../nbs/13_train.ipynb #92fc2804
 @dataclass
 class Source:
     "Where batches come from."
@@ -87,7 +88,7 @@ def make_source(cfg:TrainConfig, img_size:int, rank:int, world:int)->Source:
     "Open the training data. Raises UserError."
     return glyph_source(cfg, img_size, rank) if cfg.data == "glyphs" else file_source(cfg, img_size, rank, world)
 
-# %% ../nbs/13_train.ipynb #a993f4c1
+# %% ../nbs/13_train.ipynb #c262778c
 def build_tokenizer(
     cfg:TrainConfig, # options
     texts:list,      # captions to learn from, where no released merges are named
@@ -129,17 +130,24 @@ def build_loss(
     chunk_size = cfg.chunk_size or (1024 if n_global > 8192 else None)
     return SigLipLoss(chunk_size) if cfg.loss == "siglip" else ClipLoss(cfg.local_loss, cfg.gather_with_grad, chunk_size)
 
-# %% ../nbs/13_train.ipynb #923dd19a
+# %% ../nbs/13_train.ipynb #0b6f8931
 def splittable(model:CLIP):
     "FSDP splits neither scalars nor channels-last weights: give temperature and bias one dimension, and convolutions the usual layout."
     model.to(memory_format=torch.contiguous_format)
     for name in ("logit_scale", "logit_bias"):
         if hasattr(model, name): setattr(model, name, nn.Parameter(getattr(model, name).detach().reshape(1)))
 
-def with_methods(model): # a CLIP that FSDP has split
-    "Let FSDP gather the weights for `encode_image` and `encode_text` too, and not for `forward` alone."
-    for name in ("encode_image", "encode_text"): register_fsdp_forward_method(model, name)
-    return model
+def prepare(
+    acc:Accelerator, # of this process
+    cfg:TrainConfig, # resolved
+    model:CLIP,      # to be trained; FSDP changes it in place
+)->tuple:            # the model as accelerate wraps it, its optimiser
+    "Make model and optimiser ready for one process or many."
+    split = acc.distributed_type == DistributedType.FSDP
+    if split: splittable(model)
+    wrapped,optimizer = acc.prepare(model, build_optimizer(cfg, model))
+    for name in ("encode_image", "encode_text") if split else (): register_fsdp_forward_method(wrapped, name) # they gather weights, as `forward` does
+    return wrapped, optimizer
 
 def whole_model(
     trainer, # set up, of class `Trainer`
@@ -152,91 +160,61 @@ def whole_model(
     model.load_state_dict({k:v.reshape(model.state_dict()[k].shape) for k,v in state.items()})
     return model.eval()
 
-# %% ../nbs/13_train.ipynb #f21bd1d6
+# %% ../nbs/13_train.ipynb #c2d222ee
 def check_tracker(name:str|None):
     "Raise UserError for a tracker that accelerate does not know or that is not installed; accelerate itself would only log nothing."
     there = [tracker.value for tracker in get_available_trackers()]
     if name and name not in there: raise UserError(f"--tracker {name}: unknown or not installed; installed here: {', '.join(there) or 'none'} (pip install tensorboard)")
 
-# %% ../nbs/13_train.ipynb #6309946e
-class Trainer:
-    "One training: set up by its options, moved on by `train_step`."
-    def __init__(self,
-        cfg:TrainConfig,                  # options
-        model:CLIP|None=None,             # what else its options would make: a model,
-        tokenizer:BPETokenizer|None=None, # its vocabulary
-        source:Source|None=None,          # and where batches come from
-    ):
-        self.cfg = cfg = resolve(cfg)
-        check_tracker(cfg.tracker)
-        several_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
-        AcceleratorState._reset_state() # so that one program can train twice, with different precisions
-        self.acc = Accelerator(mixed_precision=cfg.precision, cpu=several_cpus, log_with=cfg.tracker, project_dir=cfg.out/"logs") # unasked, accelerate sees one process where there is no GPU
-        rank,world = self.acc.process_index,self.acc.num_processes
-        self.n_global,self.signals = cfg.batch_size*world,None
-        self.loss = build_loss(cfg, self.n_global)
-        seed_all(cfg.seed)
-        if cfg.eval_data: open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col) # a wrong name is said now, not at the end
-        if cfg.init: model,_,tokenizer = load(cfg.init)
-        self.source = source or make_source(cfg, cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size, rank, world)
-        self.tokenizer = tokenizer or build_tokenizer(cfg, self.source.texts)
-        self.model = build_model(cfg, len(self.tokenizer), model)
-        self.split = self.acc.distributed_type == DistributedType.FSDP
-        if self.split: splittable(self.model)
-        self.wrapped,self.optimizer = self.acc.prepare(self.model, build_optimizer(cfg, self.model))
-        if self.split: self.model = with_methods(self.wrapped)
-        self.share = (0, 1) if self.split else (rank, world) # of evaluations: no process can use a split model alone
-        torch.manual_seed(cfg.seed*1000 + rank) # from here on each process draws its own
-        self.n_steps = max(1, round(cfg.epochs*self.source.n_pairs/self.n_global)) if cfg.epochs else cfg.steps
-        self.step,self.seconds,self.waited,self.repeats,self.evaluated,self.losses = 0,0.,0.,0.,0,[]
+# %% ../nbs/13_train.ipynb #78ff15ea
+def make_accelerator(
+    cfg:TrainConfig, # resolved
+)->Accelerator:
+    "The engine for devices and processes."
+    several_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+    AcceleratorState._reset_state() # so that one program can train twice, with different precisions
+    return Accelerator(mixed_precision=cfg.precision, cpu=several_cpus, log_with=cfg.tracker, project_dir=cfg.out/"logs") # unasked, it sees one process where there is no GPU
 
-    def embed(self, images:Tensor, tokens:Tensor)->tuple[Tensor, ...]: # unit embeddings (B, E) twice, scale, and the bias where there is one
-        "Both towers, in float32 behind whatever precision they were computed in."
-        with self.acc.autocast(): out = self.wrapped(normalize(images), tokens)
-        return tuple(t.float() for t in out)
+def embed(
+    trainer,       # set up, of class `Trainer`
+    images:Tensor, # (B, 3, H, W) pictures 0 to 1, or uint8
+    tokens:Tensor, # (B, L) ids
+)->tuple[Tensor, ...]: # unit embeddings (B, E) twice, scale, and the bias where there is one
+    "Both towers, in float32 behind whatever precision they were computed in."
+    with trainer.acc.autocast(): out = trainer.wrapped(normalize(images), tokens)
+    return tuple(t.float() for t in out)
 
-    def add_gradients(self, images:Tensor, tokens:Tensor)->dict: # loss, accuracy, scale, and lm_loss where there is one
-        "Forward and backward over one batch."
-        cfg,extra = self.cfg,{}
-        if cfg.micro_batch:
-            loss,img_emb,txt_emb,scale,*_ = cached_backward(self.embed, self.loss, images, tokens, cfg.micro_batch, self.model,
-                                                            self.acc.backward, partial(self.acc.no_sync, self.wrapped))
-        else:
-            img_emb,txt_emb,scale,*_ = out = self.embed(images, tokens)
-            loss = total = self.loss(*out)
-            if cfg.lm_weight:
-                with self.acc.autocast(): lm = lm_loss(self.model.text, tokens)
-                total,extra = loss + cfg.lm_weight*lm,dict(lm_loss=lm.item())
-            self.acc.backward(total)
-        return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item()) | extra
+# %% ../nbs/13_train.ipynb #e826e405
+def add_gradients(
+    trainer,       # set up, of class `Trainer`
+    images:Tensor, # (B, 3, H, W) this process's batch
+    tokens:Tensor, # (B, L)
+)->dict:           # loss, accuracy, scale, and lm_loss where there is one
+    "Forward and backward over one batch."
+    t,cfg,extra = trainer,trainer.cfg,{}
+    if cfg.micro_batch:
+        no_sync = partial(t.acc.no_sync, t.wrapped)
+        loss,img_emb,txt_emb,scale,*_ = cached_backward(partial(embed, t), t.loss, images, tokens, cfg.micro_batch, t.model, t.acc.backward, no_sync)
+    else:
+        img_emb,txt_emb,scale,*_ = out = embed(t, images, tokens)
+        loss = total = t.loss(*out)
+        if cfg.lm_weight:
+            with t.acc.autocast(): lm = lm_loss(t.model.text, tokens)
+            total,extra = loss + cfg.lm_weight*lm,dict(lm_loss=lm.item())
+        t.acc.backward(total)
+    return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item()) | extra
 
-    def train_step(self, share:float)->dict[str, float]: # loss, accuracy, scale, lr, and lm_loss where there is one
-        "Draw a batch and move the weights; `share` of the training is done. Raises UserError where the loss or its gradient is no number."
-        start,lr = time.perf_counter(),lr_at(self.step, share, self.cfg.lr, self.cfg.warmup)
-        images,self.captions = next(self.source.batches)
-        tokens = self.tokenizer(self.captions, truncate=True)
-        self.waited += time.perf_counter() - start
-        for group in self.optimizer.param_groups: group["lr"] = lr
-        self.optimizer.zero_grad()
-        values = self.agree(self.add_gradients(images.to(self.acc.device), tokens.to(self.acc.device)))
-        norm = self.acc.clip_grad_norm_(self.wrapped.parameters(), self.cfg.grad_clip)
-        check_finite(values, norm, self.step+1, self.cfg.precision)
-        self.optimizer.step()
-        with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
-        self.step += 1
-        self.repeats += repeated(self.captions)
-        self.seconds += time.perf_counter() - start
-        return values | dict(lr=lr)
+# %% ../nbs/13_train.ipynb #679d7289
+def agree(
+    trainer,     # set up, of class `Trainer`
+    values:dict, # of this process
+)->tuple[dict, bool]: # the means over all processes; whether any of them was told to stop
+    "What all processes go by, so that none goes on alone."
+    stop = bool(trainer.signals and trainer.signals.reason)
+    if trainer.acc.num_processes == 1: return values, stop
+    *means,stop = trainer.acc.reduce(torch.tensor([*values.values(), stop], device=trainer.acc.device), "mean").tolist()
+    return dict(zip(values, means)), stop > 0
 
-    def agree(self, values:dict)->dict:
-        "The means over all processes; and whether any of them was told to stop, so that none goes on alone."
-        self.stop = bool(self.signals and self.signals.reason)
-        if self.acc.num_processes == 1: return values
-        *means,stop = self.acc.reduce(torch.tensor([*values.values(), self.stop], device=self.acc.device), "mean").tolist()
-        self.stop = stop > 0
-        return dict(zip(values, means))
-
-# %% ../nbs/13_train.ipynb #a3f545b5
 def check_finite(
     values:dict,        # of the step
     norm:Tensor|None,   # of the gradient
@@ -248,7 +226,59 @@ def check_finite(
     if not lost and precision != "fp16" and norm is not None and not math.isfinite(norm): lost,values = ["gradient"],dict(gradient=float(norm))
     if lost: raise UserError(f"the {lost[0].replace('_', ' ')} is {values[lost[0]]} at step {step}: lower --lr, or use --precision no")
 
-# %% ../nbs/13_train.ipynb #68ca128b
+# %% ../nbs/13_train.ipynb #d580583a
+def descend(
+    trainer,  # with gradients
+    lr:float, # of this step
+):
+    "Move the weights, and keep the temperature's scale at 100 or less: on the parameter, or its gradient would be lost."
+    for group in trainer.optimizer.param_groups: group["lr"] = lr
+    trainer.optimizer.step()
+    with torch.no_grad(): trainer.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
+
+# %% ../nbs/13_train.ipynb #83829c9e
+class Trainer:
+    "One training: set up by its options, moved on by `train_step`."
+    def __init__(self,
+        cfg:TrainConfig,                  # options
+        model:CLIP|None=None,             # what else its options would make: a model,
+        tokenizer:BPETokenizer|None=None, # its vocabulary
+        source:Source|None=None,          # and where batches come from
+    ):
+        self.cfg = cfg = resolve(cfg)
+        check_tracker(cfg.tracker)
+        self.acc = make_accelerator(cfg)
+        rank,world = self.acc.process_index,self.acc.num_processes
+        self.n_global,self.signals = cfg.batch_size*world,None
+        self.loss = build_loss(cfg, self.n_global)
+        seed_all(cfg.seed)
+        if cfg.eval_data: open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col) # a wrong name is said now, not at the end
+        if cfg.init: model,_,tokenizer = load(cfg.init)
+        self.source = source or make_source(cfg, cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size, rank, world)
+        self.tokenizer = tokenizer or build_tokenizer(cfg, self.source.texts)
+        self.model = build_model(cfg, len(self.tokenizer), model)
+        self.wrapped,self.optimizer = prepare(self.acc, cfg, self.model)
+        self.split = self.acc.distributed_type == DistributedType.FSDP
+        self.share = (0, 1) if self.split else (rank, world) # of evaluations: no process can use a split model alone
+        torch.manual_seed(cfg.seed*1000 + rank) # from here on each process draws its own
+        self.n_steps = max(1, round(cfg.epochs*self.source.n_pairs/self.n_global)) if cfg.epochs else cfg.steps
+        self.step,self.seconds,self.waited,self.repeats,self.evaluated,self.losses = 0,0.,0.,0.,0,[]
+
+    def train_step(self, share:float)->dict[str, float]: # loss, accuracy, scale, lr, and lm_loss where there is one
+        "Draw a batch and move the weights; `share` of the training is done. Raises UserError where the loss or its gradient is no number."
+        start,lr = time.perf_counter(),lr_at(self.step, share, self.cfg.lr, self.cfg.warmup)
+        images,self.captions = next(self.source.batches)
+        tokens = self.tokenizer(self.captions, truncate=True)
+        self.waited += time.perf_counter() - start
+        self.optimizer.zero_grad()
+        values,self.stop = agree(self, add_gradients(self, images.to(self.acc.device), tokens.to(self.acc.device)))
+        norm = self.acc.clip_grad_norm_(self.wrapped.parameters(), self.cfg.grad_clip)
+        check_finite(values, norm, self.step+1, self.cfg.precision)
+        descend(self, lr)
+        self.step,self.repeats,self.seconds = self.step+1,self.repeats + repeated(self.captions),self.seconds + time.perf_counter()-start
+        return values | dict(lr=lr)
+
+# %% ../nbs/13_train.ipynb #62b68d0e
 SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size", "workers", "seed", "scenes", "hold_out_val", "extra_fonts",
         "adam_stats", "text_weights") # what a resumed run must have as it was
 
@@ -287,7 +317,7 @@ def load_state(
     for k,v in (shared | dict(repeats=mine["repeats"])).items(): setattr(trainer, k, v)
     return changed
 
-# %% ../nbs/13_train.ipynb #f1a6faaa
+# %% ../nbs/13_train.ipynb #29585f0a
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -307,7 +337,7 @@ def describe(
         lines.append(f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: more processes, or --batch-size with --micro-batch, come nearer to it")
     return "\n".join(lines)
 
-# %% ../nbs/13_train.ipynb #081163b8
+# %% ../nbs/13_train.ipynb #f0d9f107
 def begin(
     trainer:Trainer, # set up
 ):
@@ -328,7 +358,7 @@ def begin(
     t.acc.wait_for_everyone()
     if t.cfg.tracker: t.acc.init_trackers("clip_nbdev", {k:v for k,v in options(t.cfg).items() if isinstance(v, (int, float, str, bool))})
 
-# %% ../nbs/13_train.ipynb #73df4235
+# %% ../nbs/13_train.ipynb #e72c1f4f
 def share_buffers(
     trainer:Trainer, # between two steps
 ):
@@ -336,7 +366,7 @@ def share_buffers(
     if trainer.acc.num_processes > 1:
         for buffer in trainer.model.buffers(): torch.distributed.broadcast(buffer, 0)
 
-# %% ../nbs/13_train.ipynb #67792599
+# %% ../nbs/13_train.ipynb #a9a3cecc
 def run_steps(
     trainer:Trainer, # at any step
     meter:Meter,     # of the trainer
@@ -361,7 +391,7 @@ def run_steps(
             raise Stopped(f"stopped by {why} after step {t.step}; saved as {save_state(t)}: the same command with --resume goes on", code)
         if cfg.checkpoint_every and t.step % cfg.checkpoint_every == 0: save_state(t)
 
-# %% ../nbs/13_train.ipynb #214a3c68
+# %% ../nbs/13_train.ipynb #e2e03a48
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -385,7 +415,7 @@ def train(
             meter.close()
             trainer.acc.end_training()
 
-# %% ../nbs/13_train.ipynb #77adb8fa
+# %% ../nbs/13_train.ipynb #cf2178e8
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # what a full disk, or a limit, says
 
 def finish(
@@ -410,7 +440,7 @@ def finish(
     meter.write(**last)
     return last
 
-# %% ../nbs/13_train.ipynb #0b023022
+# %% ../nbs/13_train.ipynb #eb391381
 def one_line(
     error:Exception, # raised here or in a process that reads data
 )->str:
@@ -435,10 +465,10 @@ def main():
     finally:
         if distributed.is_available() and distributed.is_initialized(): distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #d02b4e4f
+# %% ../nbs/13_train.ipynb #c6ec3a99
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/13_train.ipynb #7b7a1b0f
+# %% ../nbs/13_train.ipynb #33f24b33
 def trial_scores(
     model:CLIP,             # trained
     tokenizer:BPETokenizer, # of the model
@@ -454,7 +484,7 @@ def trial_scores(
         if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
     return out
 
-# %% ../nbs/13_train.ipynb #9a0daf20
+# %% ../nbs/13_train.ipynb #e7d35d7e
 def trial(
     build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
     seed:int=0,            # weights and pairs
