@@ -146,3 +146,11 @@ def test_runs_in_several_processes_are_the_run_of_one(tmp_path, port, world, opt
     torch.testing.assert_close(several["losses"], one["losses"], rtol=0, atol=1e-4)
     assert one["losses"][0] - one["losses"][-1] > 0.3 # it moved
     for name, weight in one["weights"].items(): torch.testing.assert_close(several["weights"][name], weight, rtol=0, atol=1e-4, msg=name)
+
+
+def test_weights_that_are_rounded_by_lot_are_the_same_in_every_process(tmp_path, port):
+    options = dict(adam_stats="bfloat16", text_weights="bfloat16", precision="bf16")
+    spawn(same_run.run, (2, port, tmp_path/"run", "tiny-vit", options), nprocs=2)
+    first, second = (torch.load(tmp_path/f"run-2{rank}.pt")["weights"] for rank in ("", "-rank1"))
+    assert first["text.token_embedding.weight"].dtype == torch.bfloat16
+    for name, weight in first.items(): assert torch.equal(weight, second[name]), name
