@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'RELEASED', 'CLIPConfig', 'CLIP', 'released', 'available_models', 'create_model', 'to_released',
            'from_released', 'gpu_days']
 
-# %% ../nbs/11_clip.ipynb #5c359f75
+# %% ../nbs/11_clip.ipynb #ef63e900
 import warnings
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -23,7 +23,7 @@ from .text import BagOfWords, TextTransformer
 from .transformer import QuickGELU
 from .vit import VisionTransformer
 
-# %% ../nbs/11_clip.ipynb #2d4dc1dd
+# %% ../nbs/11_clip.ipynb #a6df7640
 @dataclass(frozen=True)
 class CLIPConfig:
     "Everything that decides the shapes of a model. Raises UserError for towers that can't be."
@@ -52,7 +52,7 @@ class CLIPConfig:
     def vision_heads(self)->int: # of each block of a ViT, or of a ResNet's attention pool
         return max(1, self.vision_width*(1 if self.patch_size else 32)//self.vision_head_width)
 
-# %% ../nbs/11_clip.ipynb #8978db50
+# %% ../nbs/11_clip.ipynb #7f35914d
 class CLIP(nn.Module):
     "Two towers into one space, and a learned temperature (sections 2.3 to 2.5). Raises UserError for sizes that a tower refuses."
     def __init__(self,
@@ -101,7 +101,7 @@ class CLIP(nn.Module):
         bias = () if self.config.logit_bias is None else (self.logit_bias,)
         return self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True), self.scale, *bias
 
-# %% ../nbs/11_clip.ipynb #2eb93778
+# %% ../nbs/11_clip.ipynb #00adf265
 def released(
     embed_dim,       # size of the shared space
     img_size,        # side of the pictures in pixels
@@ -126,7 +126,7 @@ PRESETS = {                # embed_dim, img_size, vision_layers, vision_width, t
 }
 RELEASED = tuple(PRESETS) # the nine models whose weights OpenAI published
 
-# %% ../nbs/11_clip.ipynb #9a4ee6b8
+# %% ../nbs/11_clip.ipynb #0a0ba913
 PRESETS |= {
     "glyphs":     CLIPConfig(embed_dim=128, img_size=48, vision_layers=(1,1,1,1), vision_width=16,
                              text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
@@ -157,7 +157,7 @@ def create_model(
     if wrong: raise UserError(f"a model has no {wrong[0]!r}: it has {', '.join(known)}")
     return CLIP(replace(PRESETS[name], **changes)).eval()
 
-# %% ../nbs/11_clip.ipynb #f6b0c3bd
+# %% ../nbs/11_clip.ipynb #f1eade40
 def to_released(
     state:dict, # state dict of a `CLIP`
 )->dict:
@@ -170,7 +170,7 @@ def from_released(
     "Names as in `CLIP`: what is neither `visual.` nor temperature or bias belongs to the text tower."
     return {k if k.startswith(("visual.", "logit_")) else f"text.{k}":v for k,v in state.items()}
 
-# %% ../nbs/11_clip.ipynb #6183f755
+# %% ../nbs/11_clip.ipynb #ffd7422f
 def gpu_days(
     ops_per_pair:float,     # operations of one forward pass, picture and caption; a multiply-add is two
     n_pairs:float,          # pairs seen in the whole training: epochs times data
