@@ -7,7 +7,7 @@ __all__ = ['RESNET', 'VIT', 'PAPER_LR', 'PAPER_BATCH', 'RECIPES', 'SMALL', 'RUN_
            'TrainConfig', 'check_numbers', 'check_together', 'check_folder', 'check', 'parameter_groups', 'lr_at',
            'bf16_is_faster', 'pick_precision', 'n_cores', 'preset_of', 'resolve']
 
-# %% ../nbs/12b_recipe.ipynb #00e89db5
+# %% ../nbs/12b_recipe.ipynb #1f0c4a38
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from torch import nn
 from .clip import PRESETS
 from .core import UserError
 
-# %% ../nbs/12b_recipe.ipynb #b4c03ccf
+# %% ../nbs/12b_recipe.ipynb #218c86ac
 @dataclass
 class DataOptions:
     "What is learned from, and what is evaluated on."
@@ -37,7 +37,7 @@ class DataOptions:
     hold_out_val:bool=False        # keep the validation concepts out too and evaluate on them: for choosing a design (glyphs only)
     extra_fonts:tuple[str, ...]=() # font files whose characters are added, colour emoji fonts too (glyphs only)
 
-# %% ../nbs/12b_recipe.ipynb #38cc1ce4
+# %% ../nbs/12b_recipe.ipynb #bd193443
 @dataclass
 class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
@@ -48,7 +48,7 @@ class RecipeOptions(DataOptions):
     minutes:float|None=None                                # train so many minutes, set-up and evaluation aside. Give one of --minutes, --steps, --epochs; without any, 9.5 minutes
     steps:int|None=None                                    # train so many optimiser steps
     epochs:float|None=None                                 # train so many passes over the data
-    batch_size:int|None=None                               # pairs a step in each process; default the preset's
+    batch_size:int|None=None                               # pairs a step in each process: a step of four processes has four times as many; default the preset's
     micro_batch:int|None=None                              # pairs that go through the towers at a time, gradients being those of the whole batch; default all
     lr:float|None=None                                     # peak learning rate; default the preset's
     warmup:int|None=None                                   # steps in which the learning rate rises; default the preset's
@@ -63,25 +63,25 @@ class RecipeOptions(DataOptions):
     gather_with_grad:bool=True                             # texts of other processes get their gradient; a local loss needs it
     chunk_size:int|None=None                               # rows of the similarities in memory at a time; default all, or 1024 where a step has more than 8192 pairs
 
-# %% ../nbs/12b_recipe.ipynb #b4cb22b0
+# %% ../nbs/12b_recipe.ipynb #0c398a0a
 @dataclass
 class TrainConfig(RecipeOptions):
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
     out:Path=Path("runs/glyphs")                           # run folder to write
     overwrite:bool=False                                   # replace a run that is already there
-    resume:bool=False                                      # go on from the last checkpoint in --out; start afresh where there is none
+    resume:bool=False                                      # go on from the last checkpoint in --out, with the same data, model and batch; start afresh where there is none
     seed:int=0                                             # weights, order and draws are a function of it
     precision:Literal["auto", "no", "bf16", "fp16"]="auto" # mixed precision; auto takes bf16 where the device has it and it is faster
     grad_checkpointing:bool=False                          # keep only the inputs of residual blocks and compute them again: less memory, a third more time
     adam_stats:Literal["float32", "bfloat16"]="float32"    # how Adam's statistics are stored; bfloat16 rounds stochastically
     text_weights:Literal["float32", "bfloat16"]="float32"  # how the text tower's weights are stored; bfloat16 rounds stochastically
-    evals:int=4                                            # how many times to evaluate in the course of training, the end included
-    checkpoint_every:int=1000                              # write a checkpoint every so many steps; 0 for none
+    evals:int=4                                            # how many times to evaluate, the one at the end included; 0 and 1 for the end alone
+    checkpoint_every:int=1000                              # write a checkpoint every so many steps; 0 for none but where a signal stops the run
     keep:int=2                                             # how many of the last checkpoints stay, beside the best
     tracker:str|None=None                                  # also log through accelerate: tensorboard, wandb, ...; metrics.jsonl is always written
     threads:int|None=None                                  # CPU threads a process; default all cores over the processes of this machine
 
-# %% ../nbs/12b_recipe.ipynb #6b7e8f59
+# %% ../nbs/12b_recipe.ipynb #3b850845
 RESNET,VIT = dict(beta2=0.999, eps=1e-8),dict(beta2=0.98, eps=1e-6) # table 18; of Adam, by family
 PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":3.6e-4,
             "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, "ViT-L/14@336px":2e-5} # tables 19 and 20; the last for one more epoch
@@ -92,7 +92,7 @@ RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "glyphs-vit": d
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
             "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
-# %% ../nbs/12b_recipe.ipynb #534d528b
+# %% ../nbs/12b_recipe.ipynb #cc8f0e15
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures", "checkpoints", "logs"} # all that a run folder holds, and all that --overwrite replaces
 
@@ -105,11 +105,12 @@ def check_numbers(cfg:TrainConfig):
         if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < math.inf: raise UserError(f"{option(k)} must not be below 0 or infinite")
     for k in ("beta1", "beta2"):
         if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < 1: raise UserError(f"{option(k)} must be at least 0 and below 1")
+    if not abs(cfg.seed) < 2**40: raise UserError("--seed must be a number of at most twelve digits")
     if cfg.batch_size is not None and cfg.batch_size < 2: raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
     if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
     if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
 
-# %% ../nbs/12b_recipe.ipynb #9424f460
+# %% ../nbs/12b_recipe.ipynb #0d87400e
 def check_together(cfg:TrainConfig):
     "Raise UserError for options that contradict each other."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -128,21 +129,26 @@ def check_together(cfg:TrainConfig):
     if cfg.preset is not None and cfg.preset not in PRESETS: raise UserError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
     if cfg.precision == "fp16" and not torch.cuda.is_available(): raise UserError("--precision fp16 needs a GPU: use bf16 or no")
 
-# %% ../nbs/12b_recipe.ipynb #0a0ed886
+# %% ../nbs/12b_recipe.ipynb #9b2923c1
 def check_folder(cfg:TrainConfig):
     "Raise UserError where --out must not be written to."
     if cfg.out.exists() and not cfg.out.is_dir(): raise UserError(f"--out {cfg.out} is a file: give a folder")
     held = {p.name for p in cfg.out.iterdir()} if cfg.out.exists() else set()
-    if held - RUN_FILES: raise UserError(f"{cfg.out} holds files of something else ({min(held - RUN_FILES)}): choose another --out")
+    strange = {name for name in held - RUN_FILES if not name.endswith(".aside") and not name.startswith(".")} # a kill while a file is written leaves *.aside
+    if strange: raise UserError(f"{cfg.out} holds files of something else ({min(strange)}): choose another --out")
     if held and not (cfg.overwrite or cfg.resume):
         raise UserError(f"{cfg.out} already holds a run: choose another --out, go on with it by --resume, or replace it with --overwrite")
+    if cfg.resume and "open_clip_model.safetensors" in held and not any((cfg.out/"checkpoints").glob("step-*")):
+        raise UserError(f"{cfg.out} holds a model and no checkpoint to go on from: choose another --out, or replace it with --overwrite")
+    there = next(p for p in (cfg.out, *cfg.out.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK): raise UserError(f"--out {cfg.out} can't be made or written to: choose another --out")
     if cfg.init and cfg.init.resolve() == cfg.out.resolve(): raise UserError("--init and --out name the same folder: choose another --out")
 
 def check(cfg:TrainConfig):
     "Raise UserError for options that can't be, before anything long begins."
     for of in (check_numbers, check_together, check_folder): of(cfg)
 
-# %% ../nbs/12b_recipe.ipynb #641993d5
+# %% ../nbs/12b_recipe.ipynb #e67000c1
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -152,7 +158,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/12b_recipe.ipynb #254db1cb
+# %% ../nbs/12b_recipe.ipynb #7003af4c
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -162,7 +168,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/12b_recipe.ipynb #d050ba74
+# %% ../nbs/12b_recipe.ipynb #bddf092c
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -181,7 +187,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/12b_recipe.ipynb #b48e3594
+# %% ../nbs/12b_recipe.ipynb #2edb8a58
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -190,7 +196,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/12b_recipe.ipynb #9f133cdb
+# %% ../nbs/12b_recipe.ipynb #827e2131
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -205,7 +211,7 @@ def preset_of(
     name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
     return name if name in PRESETS else None
 
-# %% ../nbs/12b_recipe.ipynb #38f315d0
+# %% ../nbs/12b_recipe.ipynb #6e57dd1f
 def resolve(cfg:TrainConfig)->TrainConfig:
     "The options with every default worked out, as config.json records them. Raises UserError."
     check(cfg)
@@ -215,6 +221,8 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     for name,value in RECIPES[cfg.preset].items():
         if getattr(cfg, name) is None: setattr(cfg, name, value)
     if cfg.micro_batch and cfg.micro_batch >= cfg.batch_size: cfg.micro_batch = None # the whole batch at once
+    if cfg.micro_batch and 1 in (cfg.micro_batch, cfg.batch_size % cfg.micro_batch) and not PRESETS[cfg.preset].patch_size:
+        raise UserError(f"--micro-batch {cfg.micro_batch} leaves a part of one pair, which has no statistics for BatchNorm: give one that divides --batch-size")
     cfg.threads = cfg.threads or max(1, n_cores()//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(cfg.threads)
     cfg.precision = pick_precision(cfg.precision)

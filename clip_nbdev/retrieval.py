@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TIE', 'check_pairs', 'recall_at', 'embed_pairs']
 
-# %% ../nbs/17_retrieval.ipynb #5bcaec94
+# %% ../nbs/17_retrieval.ipynb #73f7bc3c
 import torch
 from torch import Tensor, nn
 
 from .core import UserError, evaluating, progress
 from .data import normalize
 
-# %% ../nbs/17_retrieval.ipynb #9c6fd30a
+# %% ../nbs/17_retrieval.ipynb #b39a56d3
 TIE = 1e-6 # cosines closer than this count as equal: float32 rounds a sum of products by about as much
 
 def check_pairs(
@@ -26,7 +26,7 @@ def check_pairs(
     for name,emb in dict(img_emb=img_emb, txt_emb=txt_emb).items():
         if not ((emb.float().norm(dim=-1) - 1).abs() < 0.01).all(): raise ValueError(f"{name} has rows that are not of length 1, or not finite: normalise them")
 
-# %% ../nbs/17_retrieval.ipynb #5968ef82
+# %% ../nbs/17_retrieval.ipynb #b26b1326
 def recall_at(
     img_emb:Tensor,              # (N, E) image embeddings, length 1
     txt_emb:Tensor,              # (M, E) text embeddings, length 1
@@ -48,19 +48,20 @@ def recall_at(
     ranks = dict(image_to_text=img_rank, text_to_image=torch.cat(txt_rank))
     return {f"{way}@{k}":(rank < k).double().mean().item() for way,rank in ranks.items() for k in ks}
 
-# %% ../nbs/17_retrieval.ipynb #a4f748fb
+# %% ../nbs/17_retrieval.ipynb #e363d05a
 def embed_pairs(
     model:nn.Module, # has encode_image and encode_text
     tokenizer,       # texts -> (B, L) ids
-    loader,          # batches of (images, lists of captions)
+    loader,          # batches of (images, lists of captions), as `pair_loader` gives them
     prompt:str="",   # put before each caption; "a photo of " in the paper
 )->tuple[Tensor, Tensor, Tensor]: # (N, E) images, (M, E) texts, (M,) the image of each text
     "Embed every image once and each of its captions; over-long captions are cut. Raises UserError where captions are not lists."
     device = next(model.parameters()).device
-    img_emb,txt_emb,owner,n = [],[],[],0
+    empty = torch.empty(0, model.config.embed_dim)
+    img_emb,txt_emb,owner,n = [empty],[empty],[],0
     with evaluating(model):
         for images,captions in progress(loader, desc="embedding pairs"):
-            if any(isinstance(own, str) for own in captions): raise UserError("retrieval needs a list of captions for each image: open a PairStream for evaluation")
+            if any(isinstance(own, str) for own in captions): raise UserError("retrieval needs a list of captions for each image, as a PairStream gives them")
             img_emb.append(model.encode_image(normalize(images.to(device)), normalize=True).cpu())
             texts = [prompt+c for own in captions for c in own]
             txt_emb.append(model.encode_text(tokenizer(texts, truncate=True).to(device), normalize=True).cpu())

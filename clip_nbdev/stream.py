@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['decode', 'check_used', 'PairStream', 'collate', 'pair_loader', 'fingerprint', 'draw', 'first_place', 'passes',
-           'distinct', 'check_shards', 'said_once', 'TrainStream']
+           'distinct', 'check_shards', 'said_once', 'draw_batch', 'TrainStream']
 
-# %% ../nbs/03b_stream.ipynb #69cd7c2f
+# %% ../nbs/03b_stream.ipynb #075516fc
 import random
 import zlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .core import UserError
 from .data import ShardPairs, reason
 
-# %% ../nbs/03b_stream.ipynb #24821680
+# %% ../nbs/03b_stream.ipynb #97ec7593
 def decode(
     open_image,   # function that gives a PIL image
     tally:Tensor, # (3,) used, broken, empty: counts a broken one
@@ -45,7 +45,7 @@ def check_used(
     said = why[0] if why else "" if broken or empty else "; there are fewer pairs than workers times processes"
     raise UserError(f"no usable pair in part {part+1} of {n_parts} of the data: broken images: {broken}, without caption: {empty}{said}")
 
-# %% ../nbs/03b_stream.ipynb #9d08467d
+# %% ../nbs/03b_stream.ipynb #fd56013e
 class PairStream(IterableDataset):
     "Decoded pairs for evaluation: each picture once, in order, with all its captions; broken images and empty captions are skipped and counted."
     def __init__(self,
@@ -71,7 +71,7 @@ class PairStream(IterableDataset):
             yield self.transform(img), captions
         if n_parts == 1: check_used(tally, part, n_parts, why)
 
-# %% ../nbs/03b_stream.ipynb #d9cddcf8
+# %% ../nbs/03b_stream.ipynb #a10680e5
 def collate(
     samples:list, # of (image, caption or captions)
 )->tuple[Tensor, list]: # (B, 3, H, W), B captions
@@ -87,7 +87,7 @@ def pair_loader(
     "Batches for evaluation, the last one smaller."
     return DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
 
-# %% ../nbs/03b_stream.ipynb #0e766ec0
+# %% ../nbs/03b_stream.ipynb #77f5988e
 def fingerprint(
     img:Image.Image, # decoded
 )->int:              # 0 to 2³² - 1
@@ -106,10 +106,10 @@ def draw(
         torch.default_generator.manual_seed(rng.getrandbits(63))
         return transform(img), rng.choice(captions)
 
-# %% ../nbs/03b_stream.ipynb #01b53c2e
+# %% ../nbs/03b_stream.ipynb #31c67d7e
 def first_place()->dict: # epoch, samples of it that are done, what was put off, and used, broken, empty, put off
     "Where a reader stands before it has read anything."
-    return dict(epoch=0, next=0, late=[], tally=torch.zeros(4, dtype=torch.long))
+    return dict(epoch=0, next=0, late=[], tally=torch.zeros(5, dtype=torch.long))
 
 def passes(
     pairs,         # what `open_pairs` gives
@@ -133,7 +133,7 @@ def passes(
         if not start: check_used(place["tally"] - before, part, n_parts, why)
         place |= dict(epoch=epoch+1, next=0)
 
-# %% ../nbs/03b_stream.ipynb #e3cd3554
+# %% ../nbs/03b_stream.ipynb #75fa498e
 def distinct(
     fresh,          # iterator of (fingerprint, image, caption), endless
     late:list,      # samples put off earlier
@@ -148,7 +148,7 @@ def distinct(
         seen.add(sample[0]); batch.append(sample)
     return batch, put_off + list(queue)
 
-# %% ../nbs/03b_stream.ipynb #3b12c48a
+# %% ../nbs/03b_stream.ipynb #ec174e4b
 def check_shards(
     pairs,         # what `open_pairs` gives
     n_workers:int, # readers in each process
@@ -160,7 +160,7 @@ def check_shards(
     mend = f"lower --workers to {found//world}" if found >= world else f"start at most {found} processes, or split the shards"
     raise UserError(f"{max(1, n_workers)} workers x {world} processes need at least {need} shards, found {found}: {mend}")
 
-# %% ../nbs/03b_stream.ipynb #0d168267
+# %% ../nbs/03b_stream.ipynb #7849da8d
 def said_once(
     loader:DataLoader, # whose workers may raise
 ): # yields its batches
@@ -168,7 +168,20 @@ def said_once(
     try: yield from loader
     except UserError as e: raise UserError(str(e).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
-# %% ../nbs/03b_stream.ipynb #079cd858
+# %% ../nbs/03b_stream.ipynb #ec739bc3
+def draw_batch(
+    fresh,      # iterator of (fingerprint, image, caption), endless
+    place:dict, # its place, which moves along
+    n:int,      # samples wanted
+)->list:        # n samples
+    "`distinct`, keeping count of the pictures that were put off, and of those that repeat one of their batch all the same."
+    before = {id(sample) for sample in place["late"]}
+    batch,place["late"] = distinct(fresh, place["late"], n)
+    place["tally"][3] += sum(id(sample) not in before for sample in place["late"])
+    place["tally"][4] += len(batch) - len({sample[0] for sample in batch})
+    return batch
+
+# %% ../nbs/03b_stream.ipynb #d60b4f1a
 class TrainStream(IterableDataset):
     "Training batches for ever: a new order each epoch, one caption a picture, no picture twice in a batch, and a place to resume from."
     def __init__(self,
@@ -185,8 +198,8 @@ class TrainStream(IterableDataset):
         self.places,self.n_given = {},0 # where each reader stands after the last batch that was taken from it
 
     @property
-    def counts(self)->Tensor: # used, broken, empty, put off; of all readers, up to the last batch taken
-        return sum((place["tally"] for place in self.places.values()), torch.zeros(4, dtype=torch.long))
+    def counts(self)->Tensor: # used, broken, empty, put off, repeated all the same; of all readers, up to the last batch taken
+        return sum((place["tally"] for place in self.places.values()), torch.zeros(5, dtype=torch.long))
 
     def __iter__(self): # yields (images, captions, reader, place)
         worker,n_readers = get_worker_info(),max(1, self.n_workers)
@@ -195,8 +208,7 @@ class TrainStream(IterableDataset):
         place = place | dict(tally=place["tally"].clone())
         fresh = passes(self.pairs, self.rank*n_readers + reader, self.world*n_readers, self.seed, self.transform, place)
         while True:
-            batch,place["late"] = distinct(fresh, place["late"], self.batch_size)
-            place["tally"][3] += len(place["late"])
+            batch = draw_batch(fresh, place, self.batch_size)
             yield *collate([sample[1:] for sample in batch]), reader, place | dict(tally=place["tally"].clone())
 
     def batches(self)->Iterator[tuple[Tensor, list[str]]]: # (B, 3, H, W) uint8, B captions

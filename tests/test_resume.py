@@ -130,7 +130,7 @@ def test_sigterm_then_resume_is_as_if_nothing_had_happened(tmp_path, module_shar
     assert code == 0 and "resumed from step" in said
     assert same(weights(tmp_path), weights(whole[0]))
     code, said = finish(tmp_path, "--data", module_shards, "--resume")
-    assert code == 0 and said.strip() == f"run is finished ({STEPS} steps): nothing to resume"
+    assert code == 0 and said.strip().startswith(f"run is finished ({STEPS} steps): nothing to resume.")
 
 
 def launch_two(program, *options, cwd):
@@ -153,6 +153,30 @@ def test_fsdp_is_data_parallel_training_and_resumes(tmp_path):
     (tmp_path/"run"/"metrics.jsonl").write_text("\n".join(records[:-1])+"\n") # as if it had been killed before the end
     assert "resumed from step" in launch_two(program, "run", "fsdp", "resume", cwd=tmp_path)
     assert same(weights(tmp_path), split)
+
+
+def test_an_error_in_one_process_is_said_once_and_stops_all(tmp_path, module_shards):
+    program = tmp_path/"program.py"
+    program.write_text("""
+import os
+from clip_nbdev import train as t
+from clip_nbdev.core import UserError
+plain = t.file_source
+def source(*args):
+    made = plain(*args)
+    def batches(whole=made.batches):
+        for k, batch in enumerate(whole):
+            if k == 6 and os.environ["RANK"] == "1": raise UserError("a shard has vanished")
+            yield batch
+    made.batches = batches()
+    return made
+t.file_source = source
+t.main()
+""")
+    run = start(tmp_path, "--data", module_shards, run=[ACCELERATE, "launch", "-q", "--multi_gpu", "--num_processes", 2, program, *RUN[3:]])
+    said = run.communicate(timeout=300)[0]
+    assert run.returncode != 0
+    assert said.count("error: a shard has vanished. Last good checkpoint: run/checkpoints/step-00000004; --resume goes on from it") == 1, said
 
 
 def test_two_launchers_as_on_two_machines(tmp_path, module_shards):

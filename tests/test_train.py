@@ -25,7 +25,7 @@ from clip_nbdev.train import TrainConfig, train
 ACCELERATE = Path(sys.executable).parent/"accelerate"
 
 
-def tiny(out, **options): return TrainConfig(**dict(out=Path(out), preset="tiny", steps=4, batch_size=8, evals=0, threads=1) | options)
+def tiny(out, **options): return TrainConfig(**dict(out=Path(out), preset="tiny", precision="no", steps=4, batch_size=8, evals=0, threads=1) | options)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def break_weights(trainer):
 
 def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(tmp_path, small_suite, monkeypatch):
     at_step(monkeypatch, 3, break_weights)
-    with pytest.raises(UserError, match="the loss is nan at step 4: lower --lr, .* Last good checkpoint: .*step-00000002; the same command with --resume goes on from it"):
+    with pytest.raises(UserError, match="the loss is nan at step 4: it comes again unless something changes, so give a lower --lr. Last good checkpoint: .*step-00000002; --resume goes on from it"):
         train(tiny(tmp_path/"run", steps=8, checkpoint_every=2))
 
 
@@ -233,6 +233,45 @@ def test_second_run_at_a_higher_resolution(tmp_path, small_suite, capsys):
     assert weights(tmp_path/"first") != weights(tmp_path/"second")
 
 
+def test_resume_never_removes_a_finished_model(tmp_path, small_suite):
+    train(tiny(tmp_path/"run", checkpoint_every=0))
+    (tmp_path/"run"/"metrics.jsonl").unlink()
+    before = weights(tmp_path/"run")
+    with pytest.raises(UserError, match="holds a model and no checkpoint to go on from"): train(tiny(tmp_path/"run", resume=True))
+    assert weights(tmp_path/"run") == before
+
+
+def test_leftovers_of_a_kill_do_not_stop_a_resume(tmp_path, small_suite, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped): train(tiny(tmp_path/"run"))
+    for name in ("open_clip_model.aside", "config.json.aside", "metrics.aside"): (tmp_path/"run"/name).write_text("half")
+    train(tiny(tmp_path/"run", resume=True))
+    assert not list((tmp_path/"run").glob("*.aside"))
+
+
+def test_a_failed_evaluation_does_not_lose_the_model(tmp_path, small_suite, monkeypatch):
+    def fail(*args): raise UserError("no pictures")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", fail)
+        with pytest.raises(UserError, match="no pictures. Last good checkpoint: .*step-00000004"): train(tiny(tmp_path/"run"))
+    load(tmp_path/"run")
+    assert train(tiny(tmp_path/"run", resume=True))["steps"] == 4
+
+
+def test_rows_that_share_their_picture_are_reported(tmp_path):
+    Path(tmp_path/"data").mkdir()
+    for i in range(20): Image.new("RGB", (32, 32), "red").save(tmp_path/"data"/f"{i}.png"), (tmp_path/"data"/f"{i}.txt").write_text(f"red square {i}")
+    last = train(tiny(tmp_path/"run", data=str(tmp_path/"data")))
+    assert last["repeated_pictures"] == 4*7 and "in a batch twice all the same, for want of others: 28" in (tmp_path/"run"/"report.md").read_text()
+
+
+def test_init_refuses_what_it_would_ignore(tmp_path, small_suite):
+    train(tiny(tmp_path/"first"))
+    for options, said in ((dict(text_tower="bow"), "give --text-tower transformer"), (dict(preset="tiny-vit"), "is no tiny-vit: leave --preset out")):
+        with pytest.raises(UserError, match=said): train(tiny(tmp_path/"second", init=tmp_path/"first", **options))
+
+
 def test_tracker_is_written(tmp_path, small_suite):
     train(tiny(tmp_path/"run", tracker="tensorboard", steps=20))
     found = EventAccumulator(str(tmp_path/"run"/"logs"/"clip_nbdev")).Reload()
@@ -266,6 +305,11 @@ class NoisePairs(GlyphPairs):
     (["--lm-weight", "0.1", "--text-tower", "bow"], "a bag of words has no next word"),
     (["--lm-weight", "-1"], "--lm-weight must not be below 0"),
     (["--no-gather-with-grad"], "points the wrong way"),
+    (["--out", "/proc/run"], "can't be made or written to"),
+    (["--preset", "tiny", "--batch-size", "16", "--micro-batch", "5"], "leaves a part of one pair"),
+    (["--seed", "99999999999999999999"], "--seed must be"),
+    (["--data", "table.csv", "--caption-col", "text", "--batch-size", "2"], "needs others to be contrasted with"),
+    (["--data", "table.csv", "--caption-col", "text", "--eval-data", "broken.csv"], "no usable pair"),
     (["--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
     (["--text-weights", "bfloat16", "--precision", "no"], "--text-weights bfloat16 needs --precision bf16"),
     (["--lm-weight", "0.1", "--micro-batch", "2"], "can't be used together"),
@@ -279,6 +323,8 @@ def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, capsys, options, s
     Image.new("RGB", (32, 32)).save("one.png")
     Path("table.csv").write_text("filepath,text\none.png,a picture\n")
     Path("blank.csv").write_text("filepath,caption\none.png,  \n")
+    Path("bad.png").write_text("no picture")
+    Path("broken.csv").write_text("filepath,text\nbad.png,a picture\n")
     Path("old").mkdir()
     Path("old/config.json").write_text("{}")
     Path("other").mkdir()
