@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frozen_statistics', 'checkpoint_blocks', 'Draws', 'cached_backward', 'stochastic_round', 'adam_step', 'SmallAdamW']
 
-# %% ../nbs/12c_memory.ipynb #1289554c
+# %% ../nbs/12c_memory.ipynb #cb9537c6
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -18,7 +18,7 @@ from .core import UserError
 from .resnet import Bottleneck
 from .transformer import ResidualAttentionBlock
 
-# %% ../nbs/12c_memory.ipynb #44069e9b
+# %% ../nbs/12c_memory.ipynb #84c60eb1
 @contextmanager
 def frozen_statistics(
     module:nn.Module, # any
@@ -41,7 +41,7 @@ def checkpoint_blocks(
         block.forward = partial(checkpoint, plain, use_reentrant=False, context_fn=contexts)
     return len(blocks)
 
-# %% ../nbs/12c_memory.ipynb #75322b01
+# %% ../nbs/12c_memory.ipynb #29080331
 class Draws:
     "The state of the random generators, to be replayed, so that dropout drops the same a second time."
     def __init__(self, device:torch.device):
@@ -55,7 +55,7 @@ class Draws:
             for d,state in zip(self.devices, self.states[1]): torch.cuda.set_rng_state(state, d)
             yield
 
-# %% ../nbs/12c_memory.ipynb #95e1b68c
+# %% ../nbs/12c_memory.ipynb #2d0d15ed
 def cached_backward(
     embed,               # (images, tokens) -> (img_emb, txt_emb, scale, ...): both towers, then scalars
     loss_of,             # of what `embed` gives, over the pairs of all processes
@@ -83,7 +83,7 @@ def cached_backward(
             torch.autograd.backward(*zip(*reached))
     return loss.detach(), *(x.detach() for x in (*rows, *scalars))
 
-# %% ../nbs/12c_memory.ipynb #1dd4b418
+# %% ../nbs/12c_memory.ipynb #5b33aa06
 def stochastic_round(
     x:Tensor, # float32, any shape
     generator:torch.Generator|None=None, # on x's device; None for the global one
@@ -92,7 +92,7 @@ def stochastic_round(
     noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device) # bfloat16 is the upper half of float32's bits:
     return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()                 # a random lower half carries as often as it should
 
-# %% ../nbs/12c_memory.ipynb #4fa9021f
+# %% ../nbs/12c_memory.ipynb #1303b83d
 def adam_step(
     weight:Tensor,      # float32, any shape; so are all the others
     grad:Tensor,        # of the loss
@@ -111,7 +111,7 @@ def adam_step(
     size = (square/(1-beta2**step)).sqrt_().add_(eps)
     return weight.mul(1-lr*weight_decay).addcdiv_(mean, size, value=-lr/(1-beta1**step)), mean, square
 
-# %% ../nbs/12c_memory.ipynb #160f3983
+# %% ../nbs/12c_memory.ipynb #030dcccb
 class SmallAdamW(torch.optim.Optimizer):
     "AdamW that computes in float32 and stores its statistics, and weights that are bfloat16, stochastically rounded (section 2.5). Raises UserError for other types."
     def __init__(self,

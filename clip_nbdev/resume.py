@@ -6,7 +6,7 @@
 __all__ = ['sync', 'replace_folder', 'checksum', 'checksums', 'CheckpointFolder', 'CheckpointReader', 'Checkpoints', 'Stopped',
            'launched', 'StopSignals', 'last_record', 'rewind']
 
-# %% ../nbs/12d_resume.ipynb #1f54f671
+# %% ../nbs/12d_resume.ipynb #271fde12
 import errno
 import json
 import math
@@ -27,7 +27,7 @@ from .checkpoint import write_json
 from .core import UserError
 from .data import reason
 
-# %% ../nbs/12d_resume.ipynb #2c15fb03
+# %% ../nbs/12d_resume.ipynb #09822422
 def sync(
     path:Path, # a file or folder
 ):
@@ -47,7 +47,7 @@ def replace_folder(
     aside.rename(final)
     sync(final.parent)
 
-# %% ../nbs/12d_resume.ipynb #bd8eca53
+# %% ../nbs/12d_resume.ipynb #6b783090
 def checksum(
     path:Path, # a file
 )->int:        # CRC-32
@@ -60,7 +60,7 @@ def checksums(
     "Of every file but the description that holds them."
     return {str(p.relative_to(folder)):checksum(p) for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("about.json")}
 
-# %% ../nbs/12d_resume.ipynb #f0b8bd2e
+# %% ../nbs/12d_resume.ipynb #489c3bdf
 class CheckpointFolder:
     "The folder of a run's checkpoints: which there are, which is the best, which may go."
     def __init__(self,
@@ -94,7 +94,7 @@ class CheckpointFolder:
             path.rename(self.folder/"unfinished") # so that half a folder never bears a checkpoint's name
             shutil.rmtree(self.folder/"unfinished")
 
-# %% ../nbs/12d_resume.ipynb #4fc6470e
+# %% ../nbs/12d_resume.ipynb #b4430d09
 class CheckpointReader(CheckpointFolder):
     "Reads the checkpoints of a run."
     def check(self, path:Path):
@@ -119,7 +119,7 @@ class CheckpointReader(CheckpointFolder):
             raise UserError(f"{path} does not fit this run ({reason(e)}): resume it with the options that it was started with") from None
         return shared, mine
 
-# %% ../nbs/12d_resume.ipynb #7b789b59
+# %% ../nbs/12d_resume.ipynb #f373da6a
 class Checkpoints(CheckpointReader):
     "Writes and reads the checkpoints of a run. A kill at any instant leaves the last good one."
     def write(self,
@@ -156,7 +156,7 @@ class Checkpoints(CheckpointReader):
             self.prune()
         acc.wait_for_everyone()
 
-# %% ../nbs/12d_resume.ipynb #b2015503
+# %% ../nbs/12d_resume.ipynb #a75b738d
 class Stopped(Exception):
     "A run that ended early, on purpose, with its state saved."
     def __init__(self, message:str, code:int): # for the user; exit code
@@ -167,7 +167,7 @@ def launched()->bool:
     "Whether a launcher (accelerate, torchrun) is this process's parent."
     return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
 
-# %% ../nbs/12d_resume.ipynb #8b2f7f96
+# %% ../nbs/12d_resume.ipynb #0eabcd76
 class StopSignals:
     "Context manager: SIGTERM, Ctrl-C and the end of the launcher are noticed, for the training loop to ask about."
     def __init__(self): self.got,self.parent = None,os.getppid() if launched() else None
@@ -190,7 +190,7 @@ class StopSignals:
         if self.got == signal.SIGTERM: return "SIGTERM",143
         if self.parent and os.getppid() != self.parent: return "the end of its launcher",143
 
-# %% ../nbs/12d_resume.ipynb #b94dbcbc
+# %% ../nbs/12d_resume.ipynb #12996050
 def last_record(
     path:Path, # metrics.jsonl
 )->dict:       # empty where there is none

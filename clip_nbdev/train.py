@@ -9,7 +9,7 @@ __all__ = ['SAME', 'FULL', 'GONE', 'Source', 'glyph_source', 'file_source', 'mak
            'fingerprint', 'save_state', 'load_state', 'share_done', 'describe', 'make_folder', 'begin', 'share_buffers',
            'run_steps', 'train', 'finish', 'one_line', 'main', 'trial_scores', 'trial']
 
-# %% ../nbs/13_train.ipynb #23f02a85
+# %% ../nbs/13_train.ipynb #78f0311e
 import errno
 import json
 import math
@@ -48,7 +48,7 @@ from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite
 
-# %% ../nbs/13_train.ipynb #d79dac63
+# %% ../nbs/13_train.ipynb #1b4164f4
 @dataclass
 class Source:
     "Where batches come from."
@@ -91,7 +91,7 @@ def make_source(cfg:TrainConfig, img_size:int, rank:int, world:int)->Source:
     "Open the training data. Raises UserError."
     return glyph_source(cfg, img_size, rank) if cfg.data == "glyphs" else file_source(cfg, img_size, rank, world)
 
-# %% ../nbs/13_train.ipynb #501072a4
+# %% ../nbs/13_train.ipynb #b43e9070
 def build_tokenizer(
     cfg:TrainConfig, # options
     texts:list,      # captions to learn from, where no released merges are named
@@ -119,6 +119,7 @@ def build_model(
     if cfg.grad_checkpointing: checkpoint_blocks(model)
     return model.train()
 
+# %% ../nbs/13_train.ipynb #e6b33a60
 def build_optimizer(
     cfg:TrainConfig, # options
     model:CLIP,      # whose parameters it moves
@@ -137,7 +138,7 @@ def build_loss(
     chunk_size = cfg.chunk_size or (1024 if n_global > 8192 else None)
     return SigLipLoss(chunk_size) if cfg.loss == "siglip" else ClipLoss(cfg.local_loss, cfg.gather_with_grad, chunk_size)
 
-# %% ../nbs/13_train.ipynb #4893ce20
+# %% ../nbs/13_train.ipynb #0e1954bd
 def splittable(model:CLIP):
     "FSDP splits neither scalars nor channels-last weights: give temperature and bias one dimension, and convolutions the usual layout."
     model.to(memory_format=torch.contiguous_format)
@@ -169,17 +170,18 @@ def whole_model(
     model.load_state_dict({k:v.reshape(model.state_dict()[k].shape) for k,v in state.items()})
     return model.eval()
 
-# %% ../nbs/13_train.ipynb #22c04efb
+# %% ../nbs/13_train.ipynb #caf99ea8
 def check_tracker(name:str|None):
     "Raise UserError for a tracker that accelerate does not know or that is not installed; accelerate itself would only log nothing."
     there = [tracker.value for tracker in get_available_trackers()]
     if name and name not in there: raise UserError(f"--tracker {name}: unknown or not installed; installed here: {', '.join(there) or 'none (pip install tensorboard gives one)'}")
 
-# %% ../nbs/13_train.ipynb #7ca9cda2
+# %% ../nbs/13_train.ipynb #e741831f
 def make_accelerator(
     cfg:TrainConfig, # resolved
 )->Accelerator:
     "The engine for devices and processes."
+    check_tracker(cfg.tracker)
     several_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     AcceleratorState._reset_state() # so that one program can train twice, with different precisions
     return Accelerator(mixed_precision=cfg.precision, cpu=several_cpus, log_with=cfg.tracker, project_dir=cfg.out/"logs") # unasked, it sees one process where there is no GPU
@@ -193,7 +195,7 @@ def embed(
     with trainer.acc.autocast(): out = trainer.wrapped(normalize(images), tokens)
     return tuple(t.float() for t in out)
 
-# %% ../nbs/13_train.ipynb #335e55f3
+# %% ../nbs/13_train.ipynb #1361b7c5
 def add_gradients(
     trainer,       # set up, of class `Trainer`
     images:Tensor, # (B, 3, H, W) this process's batch
@@ -213,7 +215,7 @@ def add_gradients(
         t.acc.backward(total)
     return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item()) | extra
 
-# %% ../nbs/13_train.ipynb #ce662e34
+# %% ../nbs/13_train.ipynb #20bd7d7b
 def agree(
     trainer,     # set up, of class `Trainer`
     values:dict, # of this process
@@ -236,7 +238,7 @@ def check_finite(
     other = "" if precision == "no" else " or --precision no"
     if lost: raise UserError(f"the {lost[0].replace('_', ' ')} is {values[lost[0]]} at step {step}: it comes again unless something changes, so give a lower --lr{other}")
 
-# %% ../nbs/13_train.ipynb #65357e0c
+# %% ../nbs/13_train.ipynb #d994b759
 def next_batch(
     trainer, # set up, of class `Trainer`
 )->tuple[Tensor, list]: # (B, 3, H, W), B captions
@@ -248,7 +250,7 @@ def next_batch(
     if error: raise UserError(error)
     return batch
 
-# %% ../nbs/13_train.ipynb #253cddb3
+# %% ../nbs/13_train.ipynb #19f2080e
 def descend(
     trainer,  # with gradients
     lr:float, # of this step
@@ -258,7 +260,7 @@ def descend(
     trainer.optimizer.step()
     with torch.no_grad(): trainer.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
-# %% ../nbs/13_train.ipynb #204ed5af
+# %% ../nbs/13_train.ipynb #01122c57
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self,
@@ -268,12 +270,10 @@ class Trainer:
         source:Source|None=None,          # and where batches come from
     ):
         self.cfg = cfg = resolve(cfg)
-        check_tracker(cfg.tracker)
         self.acc = make_accelerator(cfg)
         rank,world = self.acc.process_index,self.acc.num_processes
         self.n_global,self.signals = cfg.batch_size*world,None
-        self.loss = build_loss(cfg, self.n_global)
-        seed_all(cfg.seed)
+        self.loss = build_loss(cfg, self.n_global); seed_all(cfg.seed)
         if cfg.eval_data: next(iter(PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col), image_transform(32)))) # what is wrong there is said now, not at the end
         if cfg.init: model,_,tokenizer = load(cfg.init)
         self.source = source or make_source(cfg, cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size, rank, world)
@@ -300,7 +300,7 @@ class Trainer:
         self.step,self.repeats,self.seconds = self.step+1,self.repeats + repeated(self.captions),self.seconds + time.perf_counter()-start
         return values | dict(lr=lr)
 
-# %% ../nbs/13_train.ipynb #264d8dd1
+# %% ../nbs/13_train.ipynb #83ab93c9
 SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size", "workers", "seed", "scenes", "hold_out_val", "extra_fonts",
         "adam_stats", "text_weights") # what a resumed run must have as it was
 
@@ -339,7 +339,7 @@ def load_state(
     for k,v in (shared | dict(repeats=mine["repeats"])).items(): setattr(trainer, k, v)
     return changed
 
-# %% ../nbs/13_train.ipynb #97ee682f
+# %% ../nbs/13_train.ipynb #ca6b84ec
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -359,7 +359,7 @@ def describe(
         lines.append(f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: more processes, or --batch-size with --micro-batch, come nearer to it")
     return "\n".join(lines)
 
-# %% ../nbs/13_train.ipynb #ca57cc91
+# %% ../nbs/13_train.ipynb #f9276915
 def make_folder(
     out:Path, # run folder
 ):
@@ -389,7 +389,7 @@ def begin(
     t.acc.wait_for_everyone()
     if t.cfg.tracker: t.acc.init_trackers("clip_nbdev", {k:v for k,v in options(t.cfg).items() if isinstance(v, (int, float, str, bool))})
 
-# %% ../nbs/13_train.ipynb #0463b1b3
+# %% ../nbs/13_train.ipynb #0354f305
 def share_buffers(
     trainer:Trainer, # between two steps
 ):
@@ -397,7 +397,7 @@ def share_buffers(
     if trainer.acc.num_processes > 1:
         for buffer in trainer.model.buffers(): torch.distributed.broadcast(buffer, 0)
 
-# %% ../nbs/13_train.ipynb #eaedce2b
+# %% ../nbs/13_train.ipynb #bd67f362
 def run_steps(
     trainer:Trainer, # at any step
     meter:Meter,     # of the trainer
@@ -422,7 +422,7 @@ def run_steps(
             raise Stopped(f"stopped by {why} after step {t.step}; saved as {save_state(t)}: the same command with --resume goes on", code)
         if cfg.checkpoint_every and t.step % cfg.checkpoint_every == 0: save_state(t)
 
-# %% ../nbs/13_train.ipynb #1e575384
+# %% ../nbs/13_train.ipynb #14faf750
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -446,7 +446,7 @@ def train(
             meter.close()
             trainer.acc.end_training()
 
-# %% ../nbs/13_train.ipynb #f80c6f8b
+# %% ../nbs/13_train.ipynb #d0a8b326
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE) # what a disk says that is full, closed or gone
 
 def finish(
@@ -473,10 +473,9 @@ def finish(
     meter.write(**last)
     return last
 
-# %% ../nbs/13_train.ipynb #cc058ccf
+# %% ../nbs/13_train.ipynb #ec611485
 GONE = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused") # what gloo and NCCL say when a process has gone
 
-# %% ../nbs/13_train.ipynb #de0d0b4a
 def one_line(
     error:Exception, # raised here or in a process that reads data
 )->str:
@@ -505,10 +504,10 @@ def main():
     finally:
         if distributed.is_available() and distributed.is_initialized(): distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #9bd43c55
+# %% ../nbs/13_train.ipynb #167db773
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/13_train.ipynb #33cb8e92
+# %% ../nbs/13_train.ipynb #eacc5b1b
 def trial_scores(
     model:CLIP,             # trained
     tokenizer:BPETokenizer, # of the model
@@ -524,7 +523,7 @@ def trial_scores(
         if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
     return out
 
-# %% ../nbs/13_train.ipynb #0ea7dd81
+# %% ../nbs/13_train.ipynb #c871e6d2
 def trial(
     build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
     seed:int=0,            # weights and pairs

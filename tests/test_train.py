@@ -246,8 +246,9 @@ def test_leftovers_of_a_kill_do_not_stop_a_resume(tmp_path, small_suite, monkeyp
         at_step(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Stopped): train(tiny(tmp_path/"run"))
     for name in ("open_clip_model.aside", "config.json.aside", "metrics.aside"): (tmp_path/"run"/name).write_text("half")
+    (tmp_path/"run"/"unfinished").mkdir()
     train(tiny(tmp_path/"run", resume=True))
-    assert not list((tmp_path/"run").glob("*.aside"))
+    assert not list((tmp_path/"run").glob("*.aside")) and not (tmp_path/"run"/"unfinished").exists()
 
 
 def test_a_failed_evaluation_does_not_lose_the_model(tmp_path, small_suite, monkeypatch):
