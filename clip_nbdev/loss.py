@@ -7,7 +7,7 @@ __all__ = ['LOGIT_SCALE_INIT', 'MAX_SCALE', 'SIGLIP_SCALE_INIT', 'clip_loss', 'B
            'logsumexp_over_processes', 'Gather', 'gather', 'ClipLoss', 'sigmoid_pushes', 'siglip_loss', 'shift',
            'PassOn', 'SigLipLoss', 'in_batch_accuracy', 'overfit_one_batch']
 
-# %% ../nbs/10_loss.ipynb #1b45f6a3
+# %% ../nbs/10_loss.ipynb #06b0ce14
 import math
 from itertools import count
 
@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .core import UserError, progress
 
-# %% ../nbs/10_loss.ipynb #025487b2
+# %% ../nbs/10_loss.ipynb #1585eed1
 LOGIT_SCALE_INIT = math.log(1/0.07) # of `logit_scale`, the learned logarithm
 MAX_SCALE = 100.                    # of its exponential
 SIGLIP_SCALE_INIT = math.log(10)    # the same for the sigmoid loss, whose bias starts at -10
 
-# %% ../nbs/10_loss.ipynb #e80b99dd
+# %% ../nbs/10_loss.ipynb #33393ca0
 def clip_loss(
     img_emb:Tensor,          # (B, E) image embeddings of length 1
     txt_emb:Tensor,          # (B, E) text embeddings of length 1; row i belongs to image i
@@ -41,7 +41,7 @@ def clip_loss(
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-# %% ../nbs/10_loss.ipynb #4f107709
+# %% ../nbs/10_loss.ipynb #20270d2f
 class Blockwise(Function):
     "The symmetric cross-entropy by blocks of rows: no more than `chunk_size` rows of the similarities exist at a time, forwards and backwards."
     @staticmethod
@@ -82,7 +82,7 @@ class Blockwise(Function):
         share = grad/(2*len(img_emb))
         return share*torch.cat(d_img), share*d_txt, share*d_scale, None, None, None
 
-# %% ../nbs/10_loss.ipynb #7399273b
+# %% ../nbs/10_loss.ipynb #49b5fab9
 def blockwise_loss(
     img_emb:Tensor,     # (B, E) the rows of this process
     txt_emb:Tensor,     # (N, E) all columns
@@ -96,7 +96,7 @@ def blockwise_loss(
     with torch.autocast(img_emb.device.type, enabled=False):
         return Blockwise.apply(img_emb.to(dtype), txt_emb.to(dtype), torch.as_tensor(scale).to(img_emb.device, dtype), chunk_size, first, sharded)
 
-# %% ../nbs/10_loss.ipynb #d3fb9caf
+# %% ../nbs/10_loss.ipynb #ee8df1e6
 def n_processes()->int:
     "How many processes train together; 1 where nobody said so."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -111,7 +111,7 @@ def logsumexp_over_processes(
     dist.all_reduce(total)
     return top + total.log_()
 
-# %% ../nbs/10_loss.ipynb #86ca200a
+# %% ../nbs/10_loss.ipynb #1d66f1cb
 class Gather(Function):
     "All processes' rows, in order. Backwards, each row's gradients are summed over the processes and go home."
     @staticmethod
@@ -129,7 +129,7 @@ class Gather(Function):
         dist.all_reduce(grad)
         return grad.chunk(n_processes())[dist.get_rank()]
 
-# %% ../nbs/10_loss.ipynb #8c6206fb
+# %% ../nbs/10_loss.ipynb #23152b86
 def gather(
     x:Tensor,               # (B, E) this process's rows
     with_grad:bool=True,    # whether rows of other processes send their gradient home
@@ -162,7 +162,7 @@ class ClipLoss(nn.Module):
         b = len(img_emb)
         return blockwise_loss(img_emb, gather(txt_emb), scale, self.chunk_size or b, b*dist.get_rank(), sharded=True)
 
-# %% ../nbs/10_loss.ipynb #f646b780
+# %% ../nbs/10_loss.ipynb #2201038b
 def sigmoid_pushes(
     img_emb:Tensor, # (B, E) length 1
     txt_emb:Tensor, # (M, E) length 1
@@ -186,7 +186,7 @@ def siglip_loss(
     yes = scale*(img_emb*txt_emb).sum(1) + bias # -log sigmoid(x) = -log sigmoid(-x) - x: call all wrong, then mend the right ones
     return sigmoid_pushes(img_emb, txt_emb, scale, bias, chunk_size)/len(img_emb) - yes.mean()
 
-# %% ../nbs/10_loss.ipynb #34480a90
+# %% ../nbs/10_loss.ipynb #5a8de4c5
 def shift(
     x:Tensor, # (B, E), the same shape in every process
     step:int, # 1 gives to the next process, -1 to the one before
@@ -205,7 +205,7 @@ class PassOn(Function):
     @once_differentiable
     def backward(ctx, grad:Tensor)->Tensor: return shift(grad, -1)
 
-# %% ../nbs/10_loss.ipynb #0f92c5d0
+# %% ../nbs/10_loss.ipynb #c3d48b54
 class SigLipLoss(nn.Module):
     "`siglip_loss` over the pairs of all processes: texts go round the ring, so no process ever holds them all."
     def __init__(self,
@@ -226,7 +226,7 @@ class SigLipLoss(nn.Module):
             loss = loss + sigmoid_pushes(img_emb, txt_emb, scale, bias, self.chunk_size)/len(img_emb)
         return loss
 
-# %% ../nbs/10_loss.ipynb #12b550d7
+# %% ../nbs/10_loss.ipynb #2b0f7093
 def in_batch_accuracy(
     img_emb:Tensor, # (B, E) length 1
     txt_emb:Tensor, # (B, E) length 1
@@ -235,7 +235,7 @@ def in_batch_accuracy(
     nearest = torch.cat([(part @ txt_emb.T).argmax(1) for part in img_emb.split(1024)]) # never the whole matrix
     return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
 
-# %% ../nbs/10_loss.ipynb #785c07a9
+# %% ../nbs/10_loss.ipynb #595f62bf
 def overfit_one_batch(
     model:nn.Module, # gives (img_emb, txt_emb, scale) for (images, tokens); trained in place
     images:Tensor,   # (B, ...) one batch
