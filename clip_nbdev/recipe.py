@@ -7,7 +7,7 @@ __all__ = ['RESNET', 'VIT', 'PAPER_LR', 'PAPER_BATCH', 'RECIPES', 'SMALL', 'RUN_
            'TrainConfig', 'check_numbers', 'check_together', 'check_folder', 'check', 'parameter_groups', 'lr_at',
            'bf16_is_faster', 'pick_precision', 'n_cores', 'preset_of', 'resolve']
 
-# %% ../nbs/12b_recipe.ipynb #6dc62957
+# %% ../nbs/12b_recipe.ipynb #4ab97d65
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from torch import nn
 from .clip import PRESETS
 from .core import UserError
 
-# %% ../nbs/12b_recipe.ipynb #aa8314ec
+# %% ../nbs/12b_recipe.ipynb #51744b04
 @dataclass
 class DataOptions:
     "What is learned from, and what is evaluated on."
@@ -37,7 +37,7 @@ class DataOptions:
     hold_out_val:bool=False        # keep the validation concepts out too and evaluate on them: for choosing a design (glyphs only)
     extra_fonts:tuple[str, ...]=() # font files whose characters are added, colour emoji fonts too (glyphs only)
 
-# %% ../nbs/12b_recipe.ipynb #0a11d563
+# %% ../nbs/12b_recipe.ipynb #28bcadb4
 @dataclass
 class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
@@ -57,13 +57,14 @@ class RecipeOptions(DataOptions):
     beta2:float|None=None                                  # Adam's second decay rate; default the preset's
     eps:float|None=None                                    # Adam's epsilon; default the preset's
     grad_clip:float=1.0                                    # largest norm of the gradient
+    freeze_bn:bool=False                                   # keep BatchNorm's statistics as --init has them: for pairs of one kind, which would shift them
     loss:Literal["clip", "siglip"]="clip"                  # the paper's loss, or SigLIP's sum of yes-no questions
     lm_weight:float=0.0                                    # weight of a language-model loss on the text tower, which the paper's causal mask leaves room for; 0 for none
     local_loss:bool=True                                   # each process computes the similarities of its own images, or all
     gather_with_grad:bool=True                             # texts of other processes get their gradient; a local loss needs it
     chunk_size:int|None=None                               # rows of the similarities in memory at a time; default all, or 1024 where a step has more than 8192 pairs
 
-# %% ../nbs/12b_recipe.ipynb #cdb320af
+# %% ../nbs/12b_recipe.ipynb #bebabf9f
 @dataclass
 class TrainConfig(RecipeOptions):
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -81,7 +82,7 @@ class TrainConfig(RecipeOptions):
     tracker:str|None=None                                  # also log through accelerate: tensorboard, wandb, ...; metrics.jsonl is always written
     threads:int|None=None                                  # CPU threads a process; default all cores over the processes of this machine
 
-# %% ../nbs/12b_recipe.ipynb #37f56756
+# %% ../nbs/12b_recipe.ipynb #59a7cba7
 RESNET,VIT = dict(beta2=0.999, eps=1e-8),dict(beta2=0.98, eps=1e-6) # table 18; of Adam, by family
 PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":3.6e-4,
             "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, "ViT-L/14@336px":2e-5} # tables 19 and 20; the last for one more epoch
@@ -92,7 +93,7 @@ RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "glyphs-vit": d
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
             "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
-# %% ../nbs/12b_recipe.ipynb #2b71d8f8
+# %% ../nbs/12b_recipe.ipynb #6fec4f38
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures", "checkpoints", "logs", "unfinished"} # all that a run folder holds, and all that --overwrite replaces
 
@@ -110,7 +111,7 @@ def check_numbers(cfg:TrainConfig):
     if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
     if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
 
-# %% ../nbs/12b_recipe.ipynb #e502f0b0
+# %% ../nbs/12b_recipe.ipynb #73371654
 def check_together(cfg:TrainConfig):
     "Raise UserError for options that contradict each other."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -118,6 +119,7 @@ def check_together(cfg:TrainConfig):
     if cfg.resume and cfg.overwrite: raise UserError("--resume and --overwrite contradict each other: give one")
     if cfg.lm_weight and cfg.text_tower == "bow": raise UserError("--lm-weight needs --text-tower transformer: a bag of words has no next word")
     if cfg.lm_weight and cfg.micro_batch: raise UserError("--lm-weight and --micro-batch can't be used together: give one")
+    if cfg.freeze_bn and not cfg.init: raise UserError("--freeze-bn needs --init: a new model has no statistics worth keeping")
     if cfg.init and cfg.merges: raise UserError("--merges has no meaning with --init, whose vocabulary is kept")
     if not cfg.gather_with_grad and cfg.loss == "siglip": raise UserError("--no-gather-with-grad belongs to --loss clip: SigLIP's texts go round a ring")
     if cfg.text_weights == "bfloat16" and cfg.precision != "bf16": raise UserError("--text-weights bfloat16 needs --precision bf16, which computes in that type")
@@ -129,7 +131,7 @@ def check_together(cfg:TrainConfig):
     if cfg.preset is not None and cfg.preset not in PRESETS: raise UserError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
     if cfg.precision == "fp16" and not torch.cuda.is_available(): raise UserError("--precision fp16 needs a GPU: use bf16 or no")
 
-# %% ../nbs/12b_recipe.ipynb #0d56fbc6
+# %% ../nbs/12b_recipe.ipynb #86a64a35
 def check_folder(cfg:TrainConfig):
     "Raise UserError where --out must not be written to."
     if cfg.out.exists() and not cfg.out.is_dir(): raise UserError(f"--out {cfg.out} is a file: give a folder")
@@ -148,7 +150,7 @@ def check(cfg:TrainConfig):
     "Raise UserError for options that can't be, before anything long begins."
     for of in (check_numbers, check_together, check_folder): of(cfg)
 
-# %% ../nbs/12b_recipe.ipynb #22cb071b
+# %% ../nbs/12b_recipe.ipynb #db3d2a7b
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -158,7 +160,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/12b_recipe.ipynb #ed830557
+# %% ../nbs/12b_recipe.ipynb #6ce02727
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -168,7 +170,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/12b_recipe.ipynb #031401b9
+# %% ../nbs/12b_recipe.ipynb #d0619f11
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -187,7 +189,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/12b_recipe.ipynb #c615d081
+# %% ../nbs/12b_recipe.ipynb #5f04d1da
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -196,7 +198,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/12b_recipe.ipynb #dedee1c6
+# %% ../nbs/12b_recipe.ipynb #a7df60a7
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -211,7 +213,7 @@ def preset_of(
     name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
     return name if name in PRESETS else None
 
-# %% ../nbs/12b_recipe.ipynb #11c69e89
+# %% ../nbs/12b_recipe.ipynb #2d966421
 def resolve(cfg:TrainConfig)->TrainConfig:
     "The options with every default worked out, as config.json records them. Raises UserError."
     check(cfg)

@@ -6,7 +6,7 @@
 __all__ = ['FLOOR_HELP', 'share_of_pictures', 'join_shares', 'evaluate', 'score', 'guessing', 'Meter', 'result_tables',
            'draw_figures', 'write_report']
 
-# %% ../nbs/12e_report.ipynb #3356a9fa
+# %% ../nbs/12e_report.ipynb #fe3d7f68
 import json
 import math
 import time
@@ -26,7 +26,7 @@ from .stream import PairStream, pair_loader
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
 
-# %% ../nbs/12e_report.ipynb #e08a99f7
+# %% ../nbs/12e_report.ipynb #d0fd4336
 def share_of_pictures(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -49,7 +49,7 @@ def join_shares(
     recalls = recall_at(torch.cat([e[0] for e in embedded]), torch.cat([e[1] for e in embedded]), torch.cat(owners))
     return recalls | dict(n_images=n, broken_images=int(sum(counts)[1]))
 
-# %% ../nbs/12e_report.ipynb #d28e6e76
+# %% ../nbs/12e_report.ipynb #f7a814d4
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -77,14 +77,14 @@ def score(
     values = [*found.get("suite", {}).values(), *(v for k,v in found.get("retrieval", {}).items() if "@" in k)]
     return sum(values)/len(values) if values else None
 
-# %% ../nbs/12e_report.ipynb #cb2ed81f
+# %% ../nbs/12e_report.ipynb #e1175986
 FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
   1. the learning rate is too high, or far too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
   4. too few pairs or steps: clip_nbdev.loss.overfit_one_batch tells a bug from too little data"""
 
-# %% ../nbs/12e_report.ipynb #a52aa506
+# %% ../nbs/12e_report.ipynb #30f110dd
 def guessing(
     loss:str, # "clip" or "siglip"
     n:int,    # pairs that are contrasted
@@ -92,7 +92,7 @@ def guessing(
     "What a model that knows nothing has to pay, at best."
     return (math.log(n) + 1, f"ln {n} + 1") if loss == "siglip" else (math.log(n), f"ln {n}")
 
-# %% ../nbs/12e_report.ipynb #4c07e7c7
+# %% ../nbs/12e_report.ipynb #0909d825
 class Meter:
     "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
     def __init__(self, trainer):
@@ -128,7 +128,7 @@ class Meter:
         self.bar.close()
         if self.file: self.file.close()
 
-# %% ../nbs/12e_report.ipynb #47c23610
+# %% ../nbs/12e_report.ipynb #df3e4095
 def result_tables(
     last:dict, # last record of metrics.jsonl
 )->list[pd.DataFrame]:
@@ -166,7 +166,7 @@ def draw_figures(
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
     return lines
 
-# %% ../nbs/12e_report.ipynb #ad4e2a95
+# %% ../nbs/12e_report.ipynb #b6086560
 def write_report(
     cfg:TrainConfig,         # options
     model:CLIP,              # trained

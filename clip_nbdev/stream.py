@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['decode', 'check_used', 'PairStream', 'collate', 'pair_loader', 'fingerprint', 'draw', 'first_place', 'passes',
-           'distinct', 'check_shards', 'said_once', 'draw_batch', 'TrainStream']
+           'distinct', 'check_shards', 'one_line', 'said_once', 'draw_batch', 'TrainStream']
 
-# %% ../nbs/03b_stream.ipynb #c02d0e6e
+# %% ../nbs/03b_stream.ipynb #23f146ad
 import random
 import zlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .core import UserError
 from .data import ShardPairs, reason
 
-# %% ../nbs/03b_stream.ipynb #3c359ae7
+# %% ../nbs/03b_stream.ipynb #b5733806
 def decode(
     open_image,   # function that gives a PIL image
     tally:Tensor, # (3,) used, broken, empty: counts a broken one
@@ -45,7 +45,7 @@ def check_used(
     said = why[0] if why else "" if broken or empty else "; there are fewer pairs than workers times processes"
     raise UserError(f"no usable pair in part {part+1} of {n_parts} of the data: broken images: {broken}, without caption: {empty}{said}")
 
-# %% ../nbs/03b_stream.ipynb #07dfc228
+# %% ../nbs/03b_stream.ipynb #31c8cc7c
 class PairStream(IterableDataset):
     "Decoded pairs for evaluation: each picture once, in order, with all its captions; broken images and empty captions are skipped and counted."
     def __init__(self,
@@ -71,7 +71,7 @@ class PairStream(IterableDataset):
             yield self.transform(img), captions
         if n_parts == 1: check_used(tally, part, n_parts, why)
 
-# %% ../nbs/03b_stream.ipynb #12c0d986
+# %% ../nbs/03b_stream.ipynb #43148842
 def collate(
     samples:list, # of (image, caption or captions)
 )->tuple[Tensor, list]: # (B, 3, H, W), B captions
@@ -87,7 +87,7 @@ def pair_loader(
     "Batches for evaluation, the last one smaller."
     return DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
 
-# %% ../nbs/03b_stream.ipynb #68b221fa
+# %% ../nbs/03b_stream.ipynb #35c70058
 def fingerprint(
     img:Image.Image, # decoded
 )->int:              # 0 to 2³² - 1
@@ -106,7 +106,7 @@ def draw(
         torch.default_generator.manual_seed(rng.getrandbits(63))
         return transform(img), rng.choice(captions)
 
-# %% ../nbs/03b_stream.ipynb #cf87c52b
+# %% ../nbs/03b_stream.ipynb #db5b7d60
 def first_place()->dict: # epoch, samples of it that are done, what was put off, and used, broken, empty, put off
     "Where a reader stands before it has read anything."
     return dict(epoch=0, next=0, late=[], tally=torch.zeros(5, dtype=torch.long))
@@ -133,7 +133,7 @@ def passes(
         if not start: check_used(place["tally"] - before, part, n_parts, why)
         place |= dict(epoch=epoch+1, next=0)
 
-# %% ../nbs/03b_stream.ipynb #b8c62bec
+# %% ../nbs/03b_stream.ipynb #09e6cd6e
 def distinct(
     fresh,          # iterator of (fingerprint, image, caption), endless
     late:list,      # samples put off earlier
@@ -148,7 +148,7 @@ def distinct(
         seen.add(sample[0]); batch.append(sample)
     return batch, put_off + list(queue)
 
-# %% ../nbs/03b_stream.ipynb #4d956ead
+# %% ../nbs/03b_stream.ipynb #0cfeb628
 def check_shards(
     pairs,         # what `open_pairs` gives
     n_workers:int, # readers in each process
@@ -160,15 +160,22 @@ def check_shards(
     mend = f"lower --workers to {found//world}" if found >= world else f"start at most {found} processes, or split the shards"
     raise UserError(f"{max(1, n_workers)} workers x {world} processes need at least {need} shards, found {found}: {mend}")
 
-# %% ../nbs/03b_stream.ipynb #48c19555
+# %% ../nbs/03b_stream.ipynb #bad47fc7
+def one_line(
+    error:Exception, # raised here or in a process that reads data
+)->str:
+    "What a mistake is told as: the message alone, without the traceback that a reader process wraps around it."
+    lines = [line.split("UserError: ", 1)[-1] for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if "Traceback" in str(error) else " ".join(lines)
+
 def said_once(
     loader:DataLoader, # whose workers may raise
 ): # yields its batches
     "A worker's UserError comes with its traceback as text; only the line that the user needs is kept."
     try: yield from loader
-    except UserError as e: raise UserError(str(e).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
+    except UserError as e: raise UserError(one_line(e)) from None
 
-# %% ../nbs/03b_stream.ipynb #1fd98f3e
+# %% ../nbs/03b_stream.ipynb #dc68a1a9
 def draw_batch(
     fresh,      # iterator of (fingerprint, image, caption), endless
     place:dict, # its place, which moves along
@@ -181,7 +188,7 @@ def draw_batch(
     place["tally"][4] += len(batch) - len({sample[0] for sample in batch})
     return batch
 
-# %% ../nbs/03b_stream.ipynb #2aab6450
+# %% ../nbs/03b_stream.ipynb #41978cd7
 class TrainStream(IterableDataset):
     "Training batches for ever: a new order each epoch, one caption a picture, no picture twice in a batch, and a place to resume from."
     def __init__(self,

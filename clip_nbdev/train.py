@@ -7,9 +7,9 @@ __all__ = ['SAME', 'FULL', 'GONE', 'Source', 'glyph_source', 'file_source', 'mak
            'build_optimizer', 'build_loss', 'splittable', 'prepare', 'whole_model', 'check_tracker', 'make_accelerator',
            'embed', 'add_gradients', 'agree', 'check_finite', 'next_batch', 'descend', 'Trainer', 'options',
            'fingerprint', 'save_state', 'load_state', 'share_done', 'describe', 'make_folder', 'begin', 'share_buffers',
-           'run_steps', 'train', 'finish', 'one_line', 'main', 'trial_scores', 'trial']
+           'run_steps', 'train', 'finish', 'main', 'trial_scores', 'trial']
 
-# %% ../nbs/13_train.ipynb #78f0311e
+# %% ../nbs/13_train.ipynb #4661f2e6
 import errno
 import json
 import math
@@ -32,6 +32,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load, save_model, with_img_size
 from .clip import PRESETS, RELEASED, CLIP, create_model
@@ -43,12 +44,12 @@ from .memory import SmallAdamW, cached_backward, checkpoint_blocks
 from .recipe import PAPER_BATCH, RUN_FILES, TrainConfig, lr_at, parameter_groups, resolve
 from .resume import Checkpoints, Stopped, StopSignals, last_record, rewind
 from .report import FLOOR_HELP, Meter, evaluate, guessing, score, write_report
-from .stream import PairStream, TrainStream
+from .stream import PairStream, TrainStream, one_line
 from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite
 
-# %% ../nbs/13_train.ipynb #1b4164f4
+# %% ../nbs/13_train.ipynb #09f6ae32
 @dataclass
 class Source:
     "Where batches come from."
@@ -91,7 +92,7 @@ def make_source(cfg:TrainConfig, img_size:int, rank:int, world:int)->Source:
     "Open the training data. Raises UserError."
     return glyph_source(cfg, img_size, rank) if cfg.data == "glyphs" else file_source(cfg, img_size, rank, world)
 
-# %% ../nbs/13_train.ipynb #b43e9070
+# %% ../nbs/13_train.ipynb #1cabb4ff
 def build_tokenizer(
     cfg:TrainConfig, # options
     texts:list,      # captions to learn from, where no released merges are named
@@ -117,9 +118,12 @@ def build_model(
         raise UserError(f"--init {cfg.init} is no {cfg.preset}: leave --preset out")
     if cfg.text_weights == "bfloat16": model.text.to(torch.bfloat16)
     if cfg.grad_checkpointing: checkpoint_blocks(model)
-    return model.train()
+    model.train()
+    for m in model.modules() if cfg.freeze_bn else ():
+        if isinstance(m, _BatchNorm): m.eval()
+    return model
 
-# %% ../nbs/13_train.ipynb #e6b33a60
+# %% ../nbs/13_train.ipynb #f9ceab78
 def build_optimizer(
     cfg:TrainConfig, # options
     model:CLIP,      # whose parameters it moves
@@ -138,7 +142,7 @@ def build_loss(
     chunk_size = cfg.chunk_size or (1024 if n_global > 8192 else None)
     return SigLipLoss(chunk_size) if cfg.loss == "siglip" else ClipLoss(cfg.local_loss, cfg.gather_with_grad, chunk_size)
 
-# %% ../nbs/13_train.ipynb #0e1954bd
+# %% ../nbs/13_train.ipynb #83197b88
 def splittable(model:CLIP):
     "FSDP splits neither scalars nor channels-last weights: give temperature and bias one dimension, and convolutions the usual layout."
     model.to(memory_format=torch.contiguous_format)
@@ -170,13 +174,13 @@ def whole_model(
     model.load_state_dict({k:v.reshape(model.state_dict()[k].shape) for k,v in state.items()})
     return model.eval()
 
-# %% ../nbs/13_train.ipynb #caf99ea8
+# %% ../nbs/13_train.ipynb #9b588bb0
 def check_tracker(name:str|None):
     "Raise UserError for a tracker that accelerate does not know or that is not installed; accelerate itself would only log nothing."
     there = [tracker.value for tracker in get_available_trackers()]
     if name and name not in there: raise UserError(f"--tracker {name}: unknown or not installed; installed here: {', '.join(there) or 'none (pip install tensorboard gives one)'}")
 
-# %% ../nbs/13_train.ipynb #e741831f
+# %% ../nbs/13_train.ipynb #b346ac24
 def make_accelerator(
     cfg:TrainConfig, # resolved
 )->Accelerator:
@@ -195,7 +199,7 @@ def embed(
     with trainer.acc.autocast(): out = trainer.wrapped(normalize(images), tokens)
     return tuple(t.float() for t in out)
 
-# %% ../nbs/13_train.ipynb #1361b7c5
+# %% ../nbs/13_train.ipynb #662093db
 def add_gradients(
     trainer,       # set up, of class `Trainer`
     images:Tensor, # (B, 3, H, W) this process's batch
@@ -215,7 +219,7 @@ def add_gradients(
         t.acc.backward(total)
     return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item()) | extra
 
-# %% ../nbs/13_train.ipynb #20bd7d7b
+# %% ../nbs/13_train.ipynb #ab472ed3
 def agree(
     trainer,     # set up, of class `Trainer`
     values:dict, # of this process
@@ -238,7 +242,7 @@ def check_finite(
     other = "" if precision == "no" else " or --precision no"
     if lost: raise UserError(f"the {lost[0].replace('_', ' ')} is {values[lost[0]]} at step {step}: it comes again unless something changes, so give a lower --lr{other}")
 
-# %% ../nbs/13_train.ipynb #d994b759
+# %% ../nbs/13_train.ipynb #2db0ef29
 def next_batch(
     trainer, # set up, of class `Trainer`
 )->tuple[Tensor, list]: # (B, 3, H, W), B captions
@@ -250,7 +254,7 @@ def next_batch(
     if error: raise UserError(error)
     return batch
 
-# %% ../nbs/13_train.ipynb #19f2080e
+# %% ../nbs/13_train.ipynb #90ae311e
 def descend(
     trainer,  # with gradients
     lr:float, # of this step
@@ -260,7 +264,7 @@ def descend(
     trainer.optimizer.step()
     with torch.no_grad(): trainer.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
-# %% ../nbs/13_train.ipynb #01122c57
+# %% ../nbs/13_train.ipynb #efccb452
 class Trainer:
     "One training: set up by its options, moved on by `train_step`."
     def __init__(self,
@@ -300,9 +304,9 @@ class Trainer:
         self.step,self.repeats,self.seconds = self.step+1,self.repeats + repeated(self.captions),self.seconds + time.perf_counter()-start
         return values | dict(lr=lr)
 
-# %% ../nbs/13_train.ipynb #83ab93c9
+# %% ../nbs/13_train.ipynb #394a160d
 SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size", "workers", "seed", "scenes", "hold_out_val", "extra_fonts",
-        "adam_stats", "text_weights") # what a resumed run must have as it was
+        "adam_stats", "text_weights", "freeze_bn") # what a resumed run must have as it was
 
 def options(cfg:TrainConfig)->dict: # plain values
     "The options as JSON and checkpoints hold them."
@@ -339,7 +343,7 @@ def load_state(
     for k,v in (shared | dict(repeats=mine["repeats"])).items(): setattr(trainer, k, v)
     return changed
 
-# %% ../nbs/13_train.ipynb #ca6b84ec
+# %% ../nbs/13_train.ipynb #3d304597
 def share_done(
     trainer:Trainer, # at any step
 )->float:            # 0 to 1, the same in every process
@@ -359,7 +363,7 @@ def describe(
         lines.append(f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: more processes, or --batch-size with --micro-batch, come nearer to it")
     return "\n".join(lines)
 
-# %% ../nbs/13_train.ipynb #f9276915
+# %% ../nbs/13_train.ipynb #21221664
 def make_folder(
     out:Path, # run folder
 ):
@@ -389,7 +393,7 @@ def begin(
     t.acc.wait_for_everyone()
     if t.cfg.tracker: t.acc.init_trackers("clip_nbdev", {k:v for k,v in options(t.cfg).items() if isinstance(v, (int, float, str, bool))})
 
-# %% ../nbs/13_train.ipynb #0354f305
+# %% ../nbs/13_train.ipynb #3f1028c7
 def share_buffers(
     trainer:Trainer, # between two steps
 ):
@@ -397,7 +401,7 @@ def share_buffers(
     if trainer.acc.num_processes > 1:
         for buffer in trainer.model.buffers(): torch.distributed.broadcast(buffer, 0)
 
-# %% ../nbs/13_train.ipynb #bd67f362
+# %% ../nbs/13_train.ipynb #55253961
 def run_steps(
     trainer:Trainer, # at any step
     meter:Meter,     # of the trainer
@@ -422,7 +426,7 @@ def run_steps(
             raise Stopped(f"stopped by {why} after step {t.step}; saved as {save_state(t)}: the same command with --resume goes on", code)
         if cfg.checkpoint_every and t.step % cfg.checkpoint_every == 0: save_state(t)
 
-# %% ../nbs/13_train.ipynb #14faf750
+# %% ../nbs/13_train.ipynb #096d0dcf
 def train(
     cfg:TrainConfig, # options
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
@@ -446,7 +450,7 @@ def train(
             meter.close()
             trainer.acc.end_training()
 
-# %% ../nbs/13_train.ipynb #d0a8b326
+# %% ../nbs/13_train.ipynb #8ee2af57
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE) # what a disk says that is full, closed or gone
 
 def finish(
@@ -473,15 +477,8 @@ def finish(
     meter.write(**last)
     return last
 
-# %% ../nbs/13_train.ipynb #ec611485
+# %% ../nbs/13_train.ipynb #93411339
 GONE = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused") # what gloo and NCCL say when a process has gone
-
-def one_line(
-    error:Exception, # raised here or in a process that reads data
-)->str:
-    "What a mistake is told as: the message alone, without the traceback that a reader process wraps around it."
-    lines = [line.split("UserError: ", 1)[-1] for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if "Traceback" in str(error) else " ".join(lines)
 
 def main():
     "The command line: python -m clip_nbdev.train, or accelerate launch -m clip_nbdev.train."
@@ -504,10 +501,10 @@ def main():
     finally:
         if distributed.is_available() and distributed.is_initialized(): distributed.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #167db773
+# %% ../nbs/13_train.ipynb #b8c7d845
 if __name__ == "__main__" and "__file__" in globals(): main()
 
-# %% ../nbs/13_train.ipynb #eacc5b1b
+# %% ../nbs/13_train.ipynb #5b0aaadb
 def trial_scores(
     model:CLIP,             # trained
     tokenizer:BPETokenizer, # of the model
@@ -523,7 +520,7 @@ def trial_scores(
         if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
     return out
 
-# %% ../nbs/13_train.ipynb #c871e6d2
+# %% ../nbs/13_train.ipynb #e96d5041
 def trial(
     build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
     seed:int=0,            # weights and pairs

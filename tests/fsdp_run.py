@@ -26,5 +26,6 @@ if __name__ == "__main__":
     out, fsdp, resume = Path(sys.argv[1]), "fsdp" in sys.argv, "resume" in sys.argv
     report_module.SUITE = ("dice",)
     if fsdp: train_module.Accelerator = FSDPOnCPU
-    cfg = train_module.TrainConfig(preset="tiny-vit", steps=6, batch_size=16, threads=1, evals=2, checkpoint_every=2, out=out, precision="no", resume=resume)
+    cfg = train_module.TrainConfig(preset="tiny-vit", steps=6, batch_size=16, threads=1, evals=2, checkpoint_every=2, out=out, precision="no", resume=resume,
+                                   loss="siglip" if "siglip" in sys.argv else "clip")
     train_module.train(replace(cfg, keep=10))

@@ -140,18 +140,19 @@ def launch_two(program, *options, cwd):
     return done.stdout
 
 
-def test_fsdp_is_data_parallel_training_and_resumes(tmp_path):
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_fsdp_is_data_parallel_training_and_resumes(tmp_path, loss):
     program = Path(__file__).with_name("fsdp_run.py")
-    launch_two(program, "run", "fsdp", cwd=tmp_path)
+    launch_two(program, "run", "fsdp", loss, cwd=tmp_path)
     (tmp_path/"plain").mkdir()
-    launch_two(program, "run", cwd=tmp_path/"plain")
+    launch_two(program, "run", loss, cwd=tmp_path/"plain")
     split, plain = weights(tmp_path), weights(tmp_path/"plain")
-    assert split.keys() == plain.keys()
+    assert split.keys() == plain.keys() and ("logit_bias" in plain) == (loss == "siglip")
     assert max((split[k].float()-plain[k].float()).abs().max().item() for k in plain) < 1e-6
     for name in ("step-00000006", "step-00000004"): shutil.rmtree(tmp_path/"run"/"checkpoints"/name, ignore_errors=True)
     records = (tmp_path/"run"/"metrics.jsonl").read_text().splitlines()
     (tmp_path/"run"/"metrics.jsonl").write_text("\n".join(records[:-1])+"\n") # as if it had been killed before the end
-    assert "resumed from step" in launch_two(program, "run", "fsdp", "resume", cwd=tmp_path)
+    assert "resumed from step" in launch_two(program, "run", "fsdp", loss, "resume", cwd=tmp_path)
     assert same(weights(tmp_path), split)
 
 

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -273,6 +275,22 @@ def test_init_refuses_what_it_would_ignore(tmp_path, small_suite):
         with pytest.raises(UserError, match=said): train(tiny(tmp_path/"second", init=tmp_path/"first", **options))
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_frozen_statistics_stay_and_weights_move(tmp_path, small_suite, freeze):
+    train(tiny(tmp_path/"first"))
+    train(tiny(tmp_path/"second", init=tmp_path/"first", freeze_bn=freeze, lr=1e-3, warmup=1))
+    before, after = (load_file(tmp_path/name/"open_clip_model.safetensors") for name in ("first", "second"))
+    statistics = [k for k in before if "running" in k]
+    assert statistics and all(torch.equal(before[k], after[k]) == freeze for k in statistics)
+    assert not torch.equal(before["visual.conv1.weight"], after["visual.conv1.weight"])
+
+
+@pytest.mark.parametrize("options", [dict(lm_weight=0.1), dict(adam_stats="bfloat16"), dict(text_weights="bfloat16", precision="bf16")], ids=lambda o: next(iter(o)))
+def test_fsdp_refuses_what_it_cannot_do(tmp_path, options):
+    acc = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(UserError, match="do not work with FSDP"): train_module.prepare(acc, tiny(tmp_path, **options), None)
+
+
 def test_tracker_is_written(tmp_path, small_suite):
     train(tiny(tmp_path/"run", tracker="tensorboard", steps=20))
     found = EventAccumulator(str(tmp_path/"run"/"logs"/"clip_nbdev")).Reload()
@@ -314,6 +332,7 @@ class NoisePairs(GlyphPairs):
     (["--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
     (["--text-weights", "bfloat16", "--precision", "no"], "--text-weights bfloat16 needs --precision bf16"),
     (["--lm-weight", "0.1", "--micro-batch", "2"], "can't be used together"),
+    (["--freeze-bn"], "--freeze-bn needs --init"),
     (["--init", "nowhere"], "no run folder"),
     (["--init", "old"], "was not written by a run"),
     (["--tracker", "nonsense", "--steps", "1"], "--tracker nonsense"),
