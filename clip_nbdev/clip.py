@@ -138,6 +138,8 @@ RELEASED = tuple(PRESETS) # the nine models whose weights OpenAI published
 PRESETS |= {
     "glyphs":     CLIPConfig(embed_dim=128, img_size=48, vision_layers=(1,1,1,1), vision_width=16,
                              text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
+    "scenes":     CLIPConfig(embed_dim=128, img_size=56, vision_layers=(1,1,1,1), vision_width=16,
+                             text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=1300),
     "glyphs-vit": CLIPConfig(embed_dim=128, img_size=48, vision_layers=4, vision_width=128, patch_size=8, vision_head_width=32,
                              text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
     "photos":     CLIPConfig(embed_dim=256, img_size=64, vision_layers=(1,1,1,1), vision_width=24,

@@ -89,7 +89,8 @@ PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":
 PAPER_BATCH = 32_768 # pairs a step, of all processes together
 RECIPES = {name:dict(lr=lr, batch_size=256, warmup=2000, weight_decay=0.2) | (VIT if PRESETS[name].patch_size else RESNET) for name,lr in PAPER_LR.items()}
 SMALL = dict(warmup=60, weight_decay=0.1, **VIT)
-RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "glyphs-vit": dict(lr=2e-3, batch_size=256) | SMALL,
+RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "scenes":     dict(lr=4e-3, batch_size=512) | SMALL,
+            "glyphs-vit": dict(lr=2e-3, batch_size=256) | SMALL,
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
             "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
