@@ -443,7 +443,7 @@ def select(splits:tuple[str, ...], groups:tuple[str, ...]|None, extra_fonts:tupl
     if not found: raise UserError(f"no concept in splits {splits}, groups {groups}: splits are train, val, test; groups are {', '.join(GROUPS)}, extra")
     return found
 
-# %% ../nbs/02_glyphs.ipynb #b36d171a
+# %% ../nbs/02_glyphs.ipynb #3ce926ef
 class GlyphPairs:
     "An endless source of (pictures, captions) from named glyphs; `scenes` is the share of pictures with several."
     def __init__(self,
@@ -455,11 +455,12 @@ class GlyphPairs:
         scenes:float=0.,                       # share of rows that are scenes, 0 to 1
         distinct:bool=True,                    # no concept twice in a batch, as long as there are enough
         seed:int=0,                            # the pairs are a function of it
+        template_weights:tuple=TEMPLATE_WEIGHTS, # how often each of TEMPLATES is drawn
     ):
         self.bank = GlyphBank(select(splits, groups, extra_fonts), fonts, extra_fonts)
         self.concepts,self.glyphs = self.bank.concepts,self.bank.glyphs
         self.img_size,self.scenes,self.deck = img_size,scenes,Deck(len(self.concepts), distinct, seed)
-        self.gen = self.deck.gen
+        self.gen,self.template_weights = self.deck.gen,torch.tensor(template_weights)
         self.nouns = [(NOUNS[c.char], i) for i,c in enumerate(self.concepts) if c.char in NOUNS and self.bank.plain[i]]
         if scenes and not self.nouns: raise UserError("scenes need concepts that have a noun: include the group misc")
 
@@ -469,7 +470,7 @@ class GlyphPairs:
         img,*rest = paint_singles(self.bank, ids, self.img_size, self.gen)
         own,fg,bg = (v.tolist() for v in rest)
         names = [self.concepts[i].name for i in ids.tolist()]
-        picks = torch.multinomial(torch.tensor(TEMPLATE_WEIGHTS), n, replacement=True, generator=self.gen).tolist()
+        picks = torch.multinomial(self.template_weights, n, replacement=True, generator=self.gen).tolist()
         return img, [single_caption(*each) for each in zip(names, picks, fg, bg, own)], names
 
     def scene_pairs(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) pictures 0 to 1, captions, captions
@@ -497,7 +498,7 @@ def repeated(
     counts = Counter(items)
     return sum(n for n in counts.values() if n > 1) / len(items)
 
-# %% ../nbs/02_glyphs.ipynb #e60d5e7a
+# %% ../nbs/02_glyphs.ipynb #70c82c16
 @dataclass(frozen=True)
 class EvalSet:
     "Pictures with the classes among which a zero-shot classifier has to choose."
@@ -505,6 +506,13 @@ class EvalSet:
     labels:Tensor               # (N,) indices into classnames
     classnames:tuple[str, ...]  # K names
     templates:tuple[str, ...]   # sentences with one slot, {}
+    choices:Tensor|None=None    # (N, C) the classes that each picture chooses among, -1 behind the last; None for all
+
+    @property
+    def chance(self)->float: # 0 to 1
+        "How often a guess is right."
+        if self.choices is None: return 1/len(self.classnames)
+        return (1/(self.choices >= 0).sum(1).double()).mean().item()
 
 NAME_PROMPTS = ("{}", "the symbol {}")
 COLOUR_PROMPTS = ("a {} symbol, black star", "a {} symbol, umbrella", "a {} symbol, black heart suit", "{} black circle",
