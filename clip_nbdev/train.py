@@ -7,7 +7,7 @@ __all__ = ['SAME', 'FULL', 'GONE', 'Source', 'glyph_source', 'file_source', 'mak
            'build_optimizer', 'build_loss', 'splittable', 'prepare', 'whole_model', 'check_tracker', 'make_accelerator',
            'embed', 'add_gradients', 'agree', 'check_finite', 'next_batch', 'descend', 'Trainer', 'options',
            'fingerprint', 'save_state', 'load_state', 'share_done', 'describe', 'make_folder', 'begin', 'share_buffers',
-           'run_steps', 'train', 'finish', 'main', 'trial_scores', 'trial']
+           'run_steps', 'train', 'finish', 'main', 'trial_scores', 'short_run', 'trial']
 
 # %% ../nbs/13_train.ipynb #4661f2e6
 import errno
@@ -520,8 +520,8 @@ def trial_scores(
         if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
     return out
 
-# %% ../nbs/13_train.ipynb #e96d5041
-def trial(
+# %% ../nbs/13_train.ipynb #bdbcbaf2
+def short_run(
     build,                 # function of the vocabulary's size that gives a CLIP; its weights are a function of the seed
     seed:int=0,            # weights and pairs
     steps:int=800,         # optimiser steps
@@ -529,19 +529,37 @@ def trial(
     lr:float=3e-3,         # peak learning rate
     lm_weight:float=0.,    # of a language-model loss beside the contrastive one
     scenes:float=0.,       # share of pictures with several glyphs
-    names:tuple[str, ...]=("symbols", "cards_unseen", "dominoes_unseen"), # evaluation sets
     prepare=None,          # function of the Trainer, called before the first step
+    pairs:GlyphPairs|None=None, # other pairs than the corpus gives by itself
+    watch=None,            # function of the step and the Trainer, called after each step
     **options,             # of TrainConfig, to try something else than the small presets' recipe
-)->dict:                   # loss on fresh pairs, accuracies, and lm_loss where there is one
-    "One short training on the glyph corpus, for comparing models: same pairs, same schedule, another model."
+)->Trainer:                # with .model and .tokenizer
+    "One short training on the glyph corpus, without a run folder."
     seed_all(seed)
     tokenizer = BPETokenizer.train(GlyphPairs(32, scenes=scenes).batch(4000)[1], 2000, ctx_len=40)
     model = build(len(tokenizer))
-    draw = partial(GlyphPairs, model.config.img_size, ("train",) if options.get("hold_out_val") else ("train", "val"), scenes=scenes)
-    pairs,fresh = draw(seed=seed),draw(seed=1234)
+    splits = ("train",) if options.get("hold_out_val") else ("train", "val")
+    pairs = pairs or GlyphPairs(model.config.img_size, splits, scenes=scenes, seed=seed)
     source = Source(iter(lambda: pairs.batch(batch_size), None), [], None, pairs)
     fixed = dict(preset="tiny", out=Path("nowhere"), precision="no", threads=torch.get_num_threads())
     trainer = Trainer(TrainConfig(steps=steps, batch_size=batch_size, lr=lr, lm_weight=lm_weight, seed=seed, **fixed | options), model, tokenizer, source)
     if prepare: prepare(trainer)
-    for step in progress(range(steps), desc=f"trial, seed {seed}"): trainer.train_step(step/steps)
-    return trial_scores(trainer.model, tokenizer, fresh, batch_size, bool(lm_weight)) | evaluate_suite(trainer.model, tokenizer, model.config.img_size, names)
+    for step in progress(range(steps), desc=f"training, seed {seed}"):
+        trainer.train_step(step/steps)
+        if watch: watch(step+1, trainer)
+    return trainer
+
+# %% ../nbs/13_train.ipynb #6c0febff
+def trial(
+    build,                 # as for `short_run`, which takes all else
+    seed:int=0,            # weights and pairs
+    batch_size:int=128,    # pairs a step
+    scenes:float=0.,       # share of pictures with several glyphs
+    names:tuple[str, ...]=("symbols", "cards_unseen", "dominoes_unseen"), # evaluation sets
+    **how,                 # other arguments of `short_run`, and options of TrainConfig
+)->dict:                   # loss on fresh pairs, accuracies, and lm_loss where there is one
+    "A short training and what it led to, for comparing models: same pairs, same schedule, another model."
+    trainer = short_run(build, seed, batch_size=batch_size, scenes=scenes, **how)
+    model,tokenizer = trainer.model,trainer.tokenizer
+    fresh = GlyphPairs(model.config.img_size, ("train",) if how.get("hold_out_val") else ("train", "val"), scenes=scenes, seed=1234)
+    return trial_scores(model, tokenizer, fresh, batch_size, bool(how.get("lm_weight"))) | evaluate_suite(model, tokenizer, model.config.img_size, names)
