@@ -22,7 +22,7 @@ from torch import nn
 from .clip import PRESETS
 from .core import UserError
 
-# %% ../nbs/12b_recipe.ipynb #51744b04
+# %% ../nbs/12b_recipe.ipynb #aa1cb5fa
 @dataclass
 class DataOptions:
     "What is learned from, and what is evaluated on."
@@ -34,6 +34,7 @@ class DataOptions:
     merges:str|None=None           # CLIP's released merges; default: a vocabulary learned from the captions
     workers:int=0                  # processes that read and decode images, for each training process; 0 reads in the process itself
     scenes:float=0.0               # share of pictures with several glyphs, 0 to 1 (glyphs only)
+    variants:int=0                 # half of the scenes come in families of so many more, which differ in one word; 0 for none (glyphs only)
     hold_out_val:bool=False        # keep the validation concepts out too and evaluate on them: for choosing a design (glyphs only)
     extra_fonts:tuple[str, ...]=() # font files whose characters are added, colour emoji fonts too (glyphs only)
 
@@ -82,7 +83,7 @@ class TrainConfig(RecipeOptions):
     tracker:str|None=None                                  # also log through accelerate: tensorboard, wandb, ...; metrics.jsonl is always written
     threads:int|None=None                                  # CPU threads a process; default all cores over the processes of this machine
 
-# %% ../nbs/12b_recipe.ipynb #59a7cba7
+# %% ../nbs/12b_recipe.ipynb #cb3ec871
 RESNET,VIT = dict(beta2=0.999, eps=1e-8),dict(beta2=0.98, eps=1e-6) # table 18; of Adam, by family
 PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":3.6e-4,
             "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, "ViT-L/14@336px":2e-5} # tables 19 and 20; the last for one more epoch
@@ -94,7 +95,7 @@ RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "scenes":     d
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
             "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
-# %% ../nbs/12b_recipe.ipynb #6fec4f38
+# %% ../nbs/12b_recipe.ipynb #f845e639
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures", "checkpoints", "logs", "unfinished"} # all that a run folder holds, and all that --overwrite replaces
 
@@ -110,9 +111,10 @@ def check_numbers(cfg:TrainConfig):
     if not abs(cfg.seed) < 2**40: raise UserError("--seed must be a number of at most twelve digits")
     if cfg.batch_size is not None and cfg.batch_size < 2: raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
     if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
+    if not 0 <= cfg.variants <= 20: raise UserError("--variants must be a number from 0 to 20")
     if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
 
-# %% ../nbs/12b_recipe.ipynb #73371654
+# %% ../nbs/12b_recipe.ipynb #58bd9215
 def check_together(cfg:TrainConfig):
     "Raise UserError for options that contradict each other."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -124,6 +126,7 @@ def check_together(cfg:TrainConfig):
     if cfg.init and cfg.merges: raise UserError("--merges has no meaning with --init, whose vocabulary is kept")
     if not cfg.gather_with_grad and cfg.loss == "siglip": raise UserError("--no-gather-with-grad belongs to --loss clip: SigLIP's texts go round a ring")
     if cfg.text_weights == "bfloat16" and cfg.precision != "bf16": raise UserError("--text-weights bfloat16 needs --precision bf16, which computes in that type")
+    if cfg.variants and not cfg.scenes: raise UserError("--variants needs --scenes: it says what stands beside a scene")
     if cfg.data == "glyphs":
         if cfg.epochs is not None: raise UserError("--epochs has no meaning for glyphs, which never end: give --steps or --minutes")
         if cfg.workers: raise UserError("--workers has no meaning for glyphs, which are drawn in the process itself")

@@ -6,7 +6,7 @@
 __all__ = ['FLOOR_HELP', 'share_of_pictures', 'join_shares', 'evaluate', 'score', 'guessing', 'Meter', 'result_tables',
            'draw_figures', 'write_report']
 
-# %% ../nbs/12e_report.ipynb #fe3d7f68
+# %% ../nbs/12e_report.ipynb #01b63d5d
 import json
 import math
 import time
@@ -22,6 +22,7 @@ from .data import image_transform, open_pairs
 from .glyphs import SUITE, eval_set
 from .recipe import TrainConfig
 from .retrieval import embed_pairs, recall_at
+from .scenes import SCENE_SUITE
 from .stream import PairStream, pair_loader
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite, plot_predictions, suite_table
@@ -49,7 +50,7 @@ def join_shares(
     recalls = recall_at(torch.cat([e[0] for e in embedded]), torch.cat([e[1] for e in embedded]), torch.cat(owners))
     return recalls | dict(n_images=n, broken_images=int(sum(counts)[1]))
 
-# %% ../nbs/12e_report.ipynb #f7a814d4
+# %% ../nbs/12e_report.ipynb #5a2348dc
 def evaluate(
     cfg:TrainConfig,         # names the data
     model:CLIP,              # any mode
@@ -61,7 +62,7 @@ def evaluate(
     "What the run is measured by."
     out = {}
     if cfg.data == "glyphs":
-        names = (SUITE if final else ("symbols",)) + (("cards_val","dominoes_val") if cfg.hold_out_val else ())
+        names = (SUITE if final else ("symbols",)) + (SCENE_SUITE if final and cfg.scenes else ()) + (("cards_val","dominoes_val") if cfg.hold_out_val else ())
         mine = evaluate_suite(model, tokenizer, model.config.img_size, names[rank::world])
         found = {name:value for part in (gather_object([mine]) if world > 1 else [mine]) for name,value in part.items()}
         out["suite"] = {name:found[name] for name in names}

@@ -9,7 +9,7 @@ __all__ = ['SAME', 'FULL', 'GONE', 'Source', 'glyph_source', 'file_source', 'mak
            'fingerprint', 'save_state', 'load_state', 'share_done', 'describe', 'make_folder', 'begin', 'share_buffers',
            'run_steps', 'train', 'finish', 'main', 'trial_scores', 'short_run', 'trial']
 
-# %% ../nbs/13_train.ipynb #4661f2e6
+# %% ../nbs/13_train.ipynb #b7172caa
 import errno
 import json
 import math
@@ -44,12 +44,13 @@ from .memory import SmallAdamW, cached_backward, checkpoint_blocks
 from .recipe import PAPER_BATCH, RUN_FILES, TrainConfig, lr_at, parameter_groups, resolve
 from .resume import Checkpoints, Stopped, StopSignals, last_record, rewind
 from .report import FLOOR_HELP, Meter, evaluate, guessing, score, write_report
+from .scenes import ScenePairs
 from .stream import PairStream, TrainStream, one_line
 from .text import lm_loss
 from .tokenizer import BPETokenizer
 from .zeroshot import evaluate_suite
 
-# %% ../nbs/13_train.ipynb #09f6ae32
+# %% ../nbs/13_train.ipynb #a4ebbf28
 @dataclass
 class Source:
     "Where batches come from."
@@ -65,7 +66,7 @@ def glyph_source(
 )->Source:
     "Glyphs drawn on the spot, by each process with a seed of its own."
     splits = ("train",) if cfg.hold_out_val else ("train","val")
-    make = partial(GlyphPairs, splits=splits, extra_fonts=cfg.extra_fonts, scenes=cfg.scenes)
+    make = partial(ScenePairs, splits=splits, extra_fonts=cfg.extra_fonts, scenes=cfg.scenes, variants=cfg.variants)
     pairs,speaker = make(img_size, seed=cfg.seed*1000 + rank),make(32, seed=cfg.seed)
     texts = [c for _ in range(20) for c in speaker.batch(500)[1]]
     return Source(iter(lambda: pairs.batch(cfg.batch_size), None), texts, None, pairs)
@@ -304,8 +305,8 @@ class Trainer:
         self.step,self.repeats,self.seconds = self.step+1,self.repeats + repeated(self.captions),self.seconds + time.perf_counter()-start
         return values | dict(lr=lr)
 
-# %% ../nbs/13_train.ipynb #394a160d
-SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size", "workers", "seed", "scenes", "hold_out_val", "extra_fonts",
+# %% ../nbs/13_train.ipynb #2af069cb
+SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size", "workers", "seed", "scenes", "variants", "hold_out_val", "extra_fonts",
         "adam_stats", "text_weights", "freeze_bn") # what a resumed run must have as it was
 
 def options(cfg:TrainConfig)->dict: # plain values

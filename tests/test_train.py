@@ -34,6 +34,11 @@ def tiny(out, **options): return TrainConfig(**dict(out=Path(out), preset="tiny"
 def small_suite(monkeypatch): monkeypatch.setattr(report_module, "SUITE", ("dice", "cards_unseen"))
 
 
+def test_scenes_are_evaluated_where_they_were_trained_on(tmp_path, small_suite, monkeypatch):
+    monkeypatch.setattr(report_module, "SCENE_SUITE", ("scenes_count",))
+    assert set(train(tiny(tmp_path/"run", scenes=0.5))["suite"]) == {"dice", "cards_unseen", "scenes_count"}
+
+
 def last_record(run): return json.loads((Path(run)/"metrics.jsonl").read_text().splitlines()[-1])
 
 
