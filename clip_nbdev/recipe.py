@@ -7,7 +7,7 @@ __all__ = ['RESNET', 'VIT', 'PAPER_LR', 'PAPER_BATCH', 'RECIPES', 'SMALL', 'RUN_
            'TrainConfig', 'check_numbers', 'check_together', 'check_folder', 'check', 'parameter_groups', 'lr_at',
            'bf16_is_faster', 'pick_precision', 'n_cores', 'preset_of', 'resolve']
 
-# %% ../nbs/12b_recipe.ipynb #4ab97d65
+# %% ../nbs/12b_recipe.ipynb #b212b591
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from torch import nn
 from .clip import PRESETS
 from .core import UserError
 
-# %% ../nbs/12b_recipe.ipynb #aa1cb5fa
+# %% ../nbs/12b_recipe.ipynb #3672bf05
 @dataclass
 class DataOptions:
     "What is learned from, and what is evaluated on."
@@ -38,7 +38,7 @@ class DataOptions:
     hold_out_val:bool=False        # keep the validation concepts out too and evaluate on them: for choosing a design (glyphs only)
     extra_fonts:tuple[str, ...]=() # font files whose characters are added, colour emoji fonts too (glyphs only)
 
-# %% ../nbs/12b_recipe.ipynb #28bcadb4
+# %% ../nbs/12b_recipe.ipynb #af252078
 @dataclass
 class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
@@ -65,7 +65,7 @@ class RecipeOptions(DataOptions):
     gather_with_grad:bool=True                             # texts of other processes get their gradient; a local loss needs it
     chunk_size:int|None=None                               # rows of the similarities in memory at a time; default all, or 1024 where a step has more than 8192 pairs
 
-# %% ../nbs/12b_recipe.ipynb #bebabf9f
+# %% ../nbs/12b_recipe.ipynb #1c39c81a
 @dataclass
 class TrainConfig(RecipeOptions):
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
@@ -83,7 +83,7 @@ class TrainConfig(RecipeOptions):
     tracker:str|None=None                                  # also log through accelerate: tensorboard, wandb, ...; metrics.jsonl is always written
     threads:int|None=None                                  # CPU threads a process; default all cores over the processes of this machine
 
-# %% ../nbs/12b_recipe.ipynb #cb3ec871
+# %% ../nbs/12b_recipe.ipynb #0e6daec2
 RESNET,VIT = dict(beta2=0.999, eps=1e-8),dict(beta2=0.98, eps=1e-6) # table 18; of Adam, by family
 PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":3.6e-4,
             "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, "ViT-L/14@336px":2e-5} # tables 19 and 20; the last for one more epoch
@@ -95,7 +95,7 @@ RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "scenes":     d
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
             "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
-# %% ../nbs/12b_recipe.ipynb #f845e639
+# %% ../nbs/12b_recipe.ipynb #ca1d7eb0
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures", "checkpoints", "logs", "unfinished"} # all that a run folder holds, and all that --overwrite replaces
 
@@ -114,7 +114,7 @@ def check_numbers(cfg:TrainConfig):
     if not 0 <= cfg.variants <= 20: raise UserError("--variants must be a number from 0 to 20")
     if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
 
-# %% ../nbs/12b_recipe.ipynb #58bd9215
+# %% ../nbs/12b_recipe.ipynb #3dafc385
 def check_together(cfg:TrainConfig):
     "Raise UserError for options that contradict each other."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
@@ -135,7 +135,7 @@ def check_together(cfg:TrainConfig):
     if cfg.preset is not None and cfg.preset not in PRESETS: raise UserError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
     if cfg.precision == "fp16" and not torch.cuda.is_available(): raise UserError("--precision fp16 needs a GPU: use bf16 or no")
 
-# %% ../nbs/12b_recipe.ipynb #86a64a35
+# %% ../nbs/12b_recipe.ipynb #f17ff579
 def check_folder(cfg:TrainConfig):
     "Raise UserError where --out must not be written to."
     if cfg.out.exists() and not cfg.out.is_dir(): raise UserError(f"--out {cfg.out} is a file: give a folder")
@@ -154,7 +154,7 @@ def check(cfg:TrainConfig):
     "Raise UserError for options that can't be, before anything long begins."
     for of in (check_numbers, check_together, check_folder): of(cfg)
 
-# %% ../nbs/12b_recipe.ipynb #db3d2a7b
+# %% ../nbs/12b_recipe.ipynb #f26abc61
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
@@ -164,7 +164,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/12b_recipe.ipynb #6ce02727
+# %% ../nbs/12b_recipe.ipynb #2ea5df80
 def lr_at(
     step:int,        # steps done
     share:float,     # of the whole training, 0 to 1
@@ -174,7 +174,7 @@ def lr_at(
     "Linear warm-up, then half a cosine down to 0 (section 2.5)."
     return peak * min(1., (step+1)/max(1,warmup)) * 0.5*(1 + math.cos(math.pi*min(1.,share)))
 
-# %% ../nbs/12b_recipe.ipynb #d0619f11
+# %% ../nbs/12b_recipe.ipynb #d37c169c
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
@@ -193,7 +193,7 @@ def bf16_is_faster(
         return best
     return seconds(True) < seconds(False)
 
-# %% ../nbs/12b_recipe.ipynb #5f04d1da
+# %% ../nbs/12b_recipe.ipynb #5da078aa
 def pick_precision(
     asked:str, # as in TrainConfig
 )->str:        # "no", "bf16" or "fp16"
@@ -202,7 +202,7 @@ def pick_precision(
     if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
 
-# %% ../nbs/12b_recipe.ipynb #a7df60a7
+# %% ../nbs/12b_recipe.ipynb #1b2e58b6
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -217,7 +217,7 @@ def preset_of(
     name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
     return name if name in PRESETS else None
 
-# %% ../nbs/12b_recipe.ipynb #2d966421
+# %% ../nbs/12b_recipe.ipynb #579c8d0f
 def resolve(cfg:TrainConfig)->TrainConfig:
     "The options with every default worked out, as config.json records them. Raises UserError."
     check(cfg)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIFFERENCES', 'SCENE_SUITE', 'alternatives', 'scene_set', 'family', 'ScenePairs']
 
-# %% ../nbs/02b_scenes.ipynb #f676a52d
+# %% ../nbs/02b_scenes.ipynb #24826ede
 import random
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from .core import UserError
 from .glyphs import RELATIONS, SIZES, EvalSet, GlyphPairs, Scene, inks_on, paint_scenes, random_scene
 
-# %% ../nbs/02b_scenes.ipynb #9649ea46
+# %% ../nbs/02b_scenes.ipynb #b19ff8e4
 DIFFERENCES = ("noun", "colour", "size", "count", "relation", "binding")
 
 def alternatives(
@@ -36,7 +36,7 @@ def alternatives(
     a,b = scene.things
     return [] if a.colour == b.colour else [replace(scene, things=(replace(a, colour=b.colour), replace(b, colour=a.colour)))]
 
-# %% ../nbs/02b_scenes.ipynb #32f57d65
+# %% ../nbs/02b_scenes.ipynb #bac55924
 SCENE_SUITE = tuple(f"scenes_{what}" for what in DIFFERENCES)
 
 def scene_set(
@@ -60,7 +60,7 @@ def scene_set(
     img = paint_scenes(pairs.bank, scenes, img_size, torch.Generator().manual_seed(seed))
     return EvalSet(img, choices[:,0], tuple(found), ("{}",), choices)
 
-# %% ../nbs/02b_scenes.ipynb #9a94db55
+# %% ../nbs/02b_scenes.ipynb #67f59c47
 def family(
     scene:Scene,                 # what is there
     n:int,                       # how many others, at most
