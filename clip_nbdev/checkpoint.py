@@ -6,7 +6,7 @@
 __all__ = ['open_clip_config', 'write_json', 'check_tokenizer', 'save_model', 'misfit', 'read_config', 'read_weights', 'shipped',
            'load', 'ship', 'resize_positions', 'with_img_size']
 
-# %% ../nbs/12_checkpoint.ipynb #86842b63
+# %% ../nbs/12_checkpoint.ipynb #74867ace
 import json
 import shutil
 from dataclasses import MISSING, asdict, fields, replace
@@ -25,7 +25,7 @@ from .core import UserError
 from .data import MEAN, STD, image_transform
 from .tokenizer import BPETokenizer
 
-# %% ../nbs/12_checkpoint.ipynb #b8528435
+# %% ../nbs/12_checkpoint.ipynb #e1d36f90
 def open_clip_config(
     config:CLIPConfig, # of our model
 )->dict:               # contents of open_clip_config.json
@@ -40,7 +40,7 @@ def open_clip_config(
     bias = {} if config.logit_bias is None else dict(init_logit_bias=config.logit_bias)
     return dict(model_cfg=dict(embed_dim=config.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=config.quick_gelu) | bias, preprocess_cfg=preprocess)
 
-# %% ../nbs/12_checkpoint.ipynb #fecefc63
+# %% ../nbs/12_checkpoint.ipynb #775bfe49
 def write_json(
     path:Path,   # where to
     values:dict, # what
@@ -58,7 +58,7 @@ def check_tokenizer(
     if len(tokenizer) != config.vocab_size: raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}")
     if tokenizer.ctx_len > config.ctx_len: raise UserError(f"the tokenizer gives {tokenizer.ctx_len} positions and the model takes {config.ctx_len}")
 
-# %% ../nbs/12_checkpoint.ipynb #5c927b7b
+# %% ../nbs/12_checkpoint.ipynb #1fa21e8c
 def save_model(
     model:CLIP,              # any mode, any device
     tokenizer:BPETokenizer,  # that the model was trained with
@@ -82,7 +82,7 @@ def save_model(
     finally: shutil.rmtree(aside, ignore_errors=True)
     if not for_open_clip: (folder/"open_clip_config.json").unlink(missing_ok=True) # of a model that stood here before
 
-# %% ../nbs/12_checkpoint.ipynb #d62719aa
+# %% ../nbs/12_checkpoint.ipynb #842e7fbd
 def misfit(
     found:dict,  # state dict from a file
     wanted:dict, # state dict of the model
@@ -93,7 +93,7 @@ def misfit(
     first = lambda names: ", ".join(names[:3]) + (f" and {len(names)-3} more" if len(names) > 3 else "")
     return "; ".join(f"{kind}: {first(names)}" for kind,names in groups.items() if names)
 
-# %% ../nbs/12_checkpoint.ipynb #5e1ab50a
+# %% ../nbs/12_checkpoint.ipynb #8696c689
 def read_config(
     folder:Path, # with a config.json
 )->CLIPConfig:
@@ -111,7 +111,7 @@ def read_config(
     try: return CLIPConfig(**values | dict(vision_layers=tuple(layers) if isinstance(layers, list) else layers))
     except (TypeError, ValueError) as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../nbs/12_checkpoint.ipynb #3f51e662
+# %% ../nbs/12_checkpoint.ipynb #9c443a40
 def read_weights(
     folder:Path, # with an open_clip_model.safetensors
     model:CLIP,  # gets the weights
@@ -125,7 +125,7 @@ def read_weights(
     if wrong: raise UserError(f"{path} does not fit config.json: {wrong}")
     model.load_state_dict(from_released(state))
 
-# %% ../nbs/12_checkpoint.ipynb #810156f2
+# %% ../nbs/12_checkpoint.ipynb #327cf154
 def shipped()->dict[str, Path]: # name -> folder
     "The trained models that the package brings along."
     folder = Path(str(resources.files("clip_nbdev")/"weights"))
@@ -149,7 +149,7 @@ def load(
     check_tokenizer(tokenizer, config)
     return model.eval(), image_transform(config.img_size), tokenizer
 
-# %% ../nbs/12_checkpoint.ipynb #16c64072
+# %% ../nbs/12_checkpoint.ipynb #6bb02e39
 def ship(
     run:str|Path,    # a folder that training wrote
     folder:str|Path, # where the model goes, "clip_nbdev/weights/<name>"
@@ -161,7 +161,7 @@ def ship(
     kept = {k:about[k] for k in ("processes", "hardware", "torch")} | {k:last[k] for k in ("steps", "seconds", "pairs", "suite")}
     save_model(model.half(), tokenizer, folder, train={k:v for k,v in about["train"].items() if k not in ("out", "overwrite", "resume")}, **kept)
 
-# %% ../nbs/12_checkpoint.ipynb #d59857ec
+# %% ../nbs/12_checkpoint.ipynb #6bd37b7a
 def resize_positions(
     positions:Tensor, # (1 + G*G, D): first the class token's (of a ResNet's pool, the mean's), then a grid's, row by row
     side:int,         # of the new grid
@@ -174,7 +174,7 @@ def resize_positions(
     grid = F.interpolate(wide, size=(side, side), mode="bicubic", antialias=True, align_corners=False).to(grid.dtype)
     return torch.cat([positions[:1], grid.permute(0, 2, 3, 1).reshape(side*side, -1)])
 
-# %% ../nbs/12_checkpoint.ipynb #f6494ffa
+# %% ../nbs/12_checkpoint.ipynb #0e4c5696
 def with_img_size(
     model:CLIP,    # trained
     img_size:int,  # side of the pictures in pixels

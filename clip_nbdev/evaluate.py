@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'OUT_FILES', 'SCORES', 'EvalConfig', 'check_options', 'Featu
            'plot_few_shot', 'plot_sets', 'names_of', 'some_pictures', 'draw', 'as_text', 'write_results', 'open_model',
            'texts_of', 'new_model', 'tasks_for', 'evaluate_set', 'run_tasks', 'resolved', 'evaluate', 'main']
 
-# %% ../nbs/18_evaluate.ipynb #4837ef5a
+# %% ../nbs/18_evaluate.ipynb #e4366cdd
 import hashlib
 import json
 import random
@@ -44,7 +44,7 @@ from .stream import PairStream, one_line, pair_loader, said_once
 from .tokenizer import BPETokenizer
 from .zeroshot import check_names, fingerprint, plot_predictions, predict, words_of, zeroshot_classifier, zeroshot_logits
 
-# %% ../nbs/18_evaluate.ipynb #ef2b0a76
+# %% ../nbs/18_evaluate.ipynb #77a6143f
 @dataclass
 class EvalConfig(LabelledOptions):
     "Evaluate a model on pictures: zero-shot, by probes, by retrieval. Start it by: python -m clip_nbdev.evaluate"
@@ -62,7 +62,7 @@ class EvalConfig(LabelledOptions):
     cache:Path|None=None        # where features and classifiers are kept; default a folder in --out
     seed:int=0                  # of random weights, of splits and of draws
 
-# %% ../nbs/18_evaluate.ipynb #d8ba1fde
+# %% ../nbs/18_evaluate.ipynb #ef07a27a
 TASKS = ("zeroshot", "probe", "fewshot", "retrieval")
 
 OUT_FILES = {"results.csv", "results.json", "report.md", "figures", "cache"}
@@ -86,7 +86,7 @@ def check_options(
     if held - {"cache"} and not cfg.overwrite: raise UserError(f"{cfg.out} already holds results: choose another --out, or replace them with --overwrite")
     return tasks
 
-# %% ../nbs/18_evaluate.ipynb #c1dcd528
+# %% ../nbs/18_evaluate.ipynb #a04a15a6
 @dataclass
 class Features:
     "What the tower sees in the pictures of a part."
@@ -97,7 +97,7 @@ class Features:
 
     def rows(self, which:Tensor)->"Features": return Features(self.x[which], self.labels[which])
 
-# %% ../nbs/18_evaluate.ipynb #7f52566e
+# %% ../nbs/18_evaluate.ipynb #3ad5b75b
 def read_part(
     model:CLIP,           # any mode
     part,                 # has samples
@@ -122,7 +122,7 @@ def read_part(
     order = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
     return Features(torch.cat(found)[order], torch.stack(labels)[order], len(broken), broken[0] if broken else "")
 
-# %% ../nbs/18_evaluate.ipynb #1c1b655f
+# %% ../nbs/18_evaluate.ipynb #75b3e040
 def to_embeddings(
     model:CLIP, # whose tower gave the features
     x:Tensor,   # (N, D) features
@@ -131,7 +131,7 @@ def to_embeddings(
     proj = getattr(model.visual, "proj", None)
     return F.normalize(x if proj is None else x @ proj.detach().float().cpu(), dim=-1)
 
-# %% ../nbs/18_evaluate.ipynb #f1436102
+# %% ../nbs/18_evaluate.ipynb #9142b1ff
 def kept_features(
     model:CLIP,      # any mode
     part,            # has samples and a mark
@@ -150,7 +150,7 @@ def kept_features(
     aside.replace(path)
     return found
 
-# %% ../nbs/18_evaluate.ipynb #97b6c746
+# %% ../nbs/18_evaluate.ipynb #c6702ff9
 class Parts:
     "Features of the parts of a data set, each computed when it is first asked for; data that nobody split are halved where a task learns."
     def __init__(self,
@@ -185,9 +185,12 @@ class Parts:
         if "val" in self.data.parts: return train, self.features("val")
         return tuple(train.rows(rows) for rows in split_val(train.labels, 0.2, self.cfg.seed))
 
-# %% ../nbs/18_evaluate.ipynb #989180c8
-def mean_top1_top5(labels, scores)->float: # Kinetics' measure
-    "The mean of the shares of pictures whose class is the best, and among the best five."
+# %% ../nbs/18_evaluate.ipynb #cf6160db
+def mean_top1_top5(
+    labels, # (N,) class numbers
+    scores, # (N, K)
+)->float:   # 0 to 1
+    "Kinetics' measure: the mean of the shares of pictures whose class is the best, and among the best five."
     best = np.argsort(-np.asarray(scores), 1)[:,:5] == np.asarray(labels)[:,None]
     return float((best[:,0].mean() + best.any(1).mean())/2)
 
@@ -211,11 +214,21 @@ def chance(
     if data.metric == "roc_auc": return 0.5
     return EvalSet(torch.empty(0), labels, data.classnames, data.templates, data.choices).chance
 
-# %% ../nbs/18_evaluate.ipynb #93053f1d
-def row(data:LabelledData, task:str, how:str, value:float, guess:float, n:int, sd:float|None=None, metric:str|None=None)->dict:
+# %% ../nbs/18_evaluate.ipynb #ca0733eb
+def row(
+    data:LabelledData,      # which was asked
+    task:str,               # "zero-shot", "probe", …
+    how:str,                # what sets it apart from other rows of the task
+    value:float,            # 0 to 1
+    guess:float,            # chance, likewise
+    n:int,                  # pictures tested
+    sd:float|None=None,     # over draws
+    metric:str|None=None,   # the data's by default
+)->dict:
     "A line of the result."
     return dict(data=data.name, task=task, how=how, metric=metric or data.metric, score=value, sd=sd, chance=guess, n=n)
 
+# %% ../nbs/18_evaluate.ipynb #6e6f0eff
 def ways(
     data:LabelledData, # with templates
 )->dict[str, tuple]:   # what a row is called -> templates
@@ -234,7 +247,7 @@ def check_labels(
     seen = f"{labels.shape[1]} columns" if labels.ndim == 2 else f"labels from {labels.min()} to {labels.max()}"
     raise UserError(f"{data.name}: {seen}, and {n} class names: check --classnames")
 
-# %% ../nbs/18_evaluate.ipynb #ed3db2a6
+# %% ../nbs/18_evaluate.ipynb #77d57134
 def zero_shot(
     model:CLIP,              # any mode
     tokenizer:BPETokenizer,  # of the model
@@ -251,7 +264,7 @@ def zero_shot(
         rows.append(row(data, "zero-shot", how, score(data, test.labels, logits), chance(data, test.labels), len(test.x)))
     return rows, logits, test.labels
 
-# %% ../nbs/18_evaluate.ipynb #7b4da6ac
+# %% ../nbs/18_evaluate.ipynb #ca5c9f1e
 def check_shots(
     data:LabelledData, # for the message
     labels:Tensor,     # (N,) of the training data
@@ -264,7 +277,7 @@ def check_shots(
     which = words_of(data.classnames[int(torch.where(count == 0, count.max()+1, count).argmin())])[0]
     if least < max(shots): raise UserError(f"{data.name}: class {which!r} has {least} training examples, fewer than {max(shots)} shots: give --shots {' '.join(str(n) for n in shots if n <= least) or 1}")
 
-# %% ../nbs/18_evaluate.ipynb #b4f2adda
+# %% ../nbs/18_evaluate.ipynb #f063a6bd
 def probes(
     parts:Parts,       # of the data
     shots:tuple=(),    # examples of each class; nothing for the full probe alone
@@ -284,7 +297,7 @@ def probes(
     rows += [row(data, "few-shot", f"{k} of each class", float(np.mean(v)), guess, n, float(np.std(v, ddof=1)) if len(v) > 1 else None) for k,v in curve.items()]
     return rows, dict(C=full["C"], sweep=full["curve"], few_shot=curve, n_train=len(both.x), full=full["score"])
 
-# %% ../nbs/18_evaluate.ipynb #cb8352bb
+# %% ../nbs/18_evaluate.ipynb #b25f9802
 class Some:
     "The first pairs of a random order."
     def __init__(self, pairs, limit:int): self.pairs,self.limit = pairs,limit
@@ -303,7 +316,7 @@ def open_captions(
     if not any(captions for _,_,captions in islice(pairs.samples(), 100)): raise no
     return pairs if cfg.limit is None else Some(pairs, cfg.limit)
 
-# %% ../nbs/18_evaluate.ipynb #41f0e75b
+# %% ../nbs/18_evaluate.ipynb #4abe4092
 def drawn_scenes(img_size:int, n:int)->list: # batches of (images, lists of captions)
     "Scenes of the corpus that no training saw in this order, a caption each."
     images,captions,_ = GlyphPairs(img_size, scenes=1., seed=4321).scene_pairs(n)
@@ -328,7 +341,7 @@ def retrieval(
     broken,empty = stream.counts[1:].tolist() if stream else (0, 0)
     return rows, [f"{broken} pictures can't be read and {empty} have no caption: left out of retrieval"] if broken or empty else []
 
-# %% ../nbs/18_evaluate.ipynb #e79bca50
+# %% ../nbs/18_evaluate.ipynb #b9ab39f4
 def class_table(
     data:LabelledData, # with names
     logits:Tensor,     # (N, K)
@@ -345,7 +358,7 @@ def class_table(
     confused = pd.DataFrame({"class":[names[i] for i in wrong.label], "taken for":[names[i] for i in wrong.predicted], "n":wrong.n, "share":[n/size[i] for n,i in zip(wrong.n, wrong.label)]})
     return classes, confused
 
-# %% ../nbs/18_evaluate.ipynb #7960e2c4
+# %% ../nbs/18_evaluate.ipynb #8e26e810
 def plot_classes(
     classes:pd.DataFrame,  # of `class_table`
     confused:pd.DataFrame, # likewise
@@ -365,7 +378,7 @@ def plot_classes(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/18_evaluate.ipynb #fde0a791
+# %% ../nbs/18_evaluate.ipynb #e9a267d9
 def plot_few_shot(
     rows:list[dict],  # of a data set: zero-shot, few-shot and probe
     n_classes:int,    # K
@@ -388,7 +401,7 @@ def plot_few_shot(
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/18_evaluate.ipynb #0d1f4828
+# %% ../nbs/18_evaluate.ipynb #eaa60fcb
 def plot_sets(
     rows:list[dict], # zero-shot rows of several data sets
 )->plt.Figure:
@@ -402,13 +415,13 @@ def plot_sets(
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/18_evaluate.ipynb #83009bba
+# %% ../nbs/18_evaluate.ipynb #38b5db4b
 def names_of(data:LabelledData)->tuple[str, ...]: return tuple(words_of(c)[0] for c in data.classnames)
 
 def some_pictures(
     parts:Parts,  # of the data
     n:int=6,      # how many
-)->EvalSet:
+)->EvalSet|None:  # None where the few can't be read
     "A few pictures of the test part, drawn at random, as the model sees them."
     source,data = parts.data.parts[parts.whole](),parts.data
     if isinstance(source, Drawn):
@@ -417,9 +430,10 @@ def some_pictures(
         return EvalSet(source.images[rows], source.labels[rows], names_of(data), data.templates, choices)
     stream = LabelStream(source, image_transform(parts.model.config.img_size, normalized=False), n)
     found = [(image, label) for _,image,label,_ in stream if image is not None]
+    if not found: return None
     return EvalSet(torch.stack([image for image,_ in found])/255, torch.tensor([int(label) for _,label in found]), names_of(data), data.templates)
 
-# %% ../nbs/18_evaluate.ipynb #a1a7d16d
+# %% ../nbs/18_evaluate.ipynb #9974af3e
 def draw(
     figures:dict,                # gets name -> figure
     model:CLIP,                  # any mode
@@ -428,19 +442,19 @@ def draw(
     rows:list[dict],             # of the data
     zero:tuple|None,             # logits and labels of zero-shot
     details:dict,                # of the probes
+    alone:bool=True,             # no other data set is evaluated
 )->tuple:                        # the tables of `class_table`, or nothing
     "The figures of one data set."
     data,tables = parts.data,()
     if details.get("few_shot"): figures["few_shot"] = plot_few_shot(rows, len(data.classnames), details["n_train"])
-    if zero and zero[1].ndim == 1 and data.choices is None:
-        tables = class_table(data, *zero)
-        figures["classes"] = plot_classes(*tables)
-    if zero and zero[1].ndim == 1:
-        shown = some_pictures(parts)
-        if len(shown.labels): figures["predictions"] = plot_predictions(model, tokenizer, shown, list(range(len(shown.labels))))
+    one = bool(zero) and zero[1].ndim == 1 # one class a picture
+    if one and data.choices is None: tables = class_table(data, *zero)
+    if tables and alone: figures["classes"] = plot_classes(*tables)
+    shown = some_pictures(parts) if one and alone else None
+    if shown: figures["predictions"] = plot_predictions(model, tokenizer, shown, list(range(len(shown.labels))))
     return tables
 
-# %% ../nbs/18_evaluate.ipynb #f67f9eeb
+# %% ../nbs/18_evaluate.ipynb #69fe8637
 def as_text(
     rows:pd.DataFrame, # of `evaluate`
 )->str:
@@ -467,7 +481,7 @@ def write_results(
     lines += [f"![{name}](figures/{name}.png)" for name in figures]
     (cfg.out/"report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/18_evaluate.ipynb #058a22b4
+# %% ../nbs/18_evaluate.ipynb #b6fa40a1
 def open_model(
     cfg:EvalConfig, # names it
 )->tuple[CLIP, BPETokenizer|None]: # with random weights a shape without numbers, until the vocabulary is known
@@ -489,7 +503,7 @@ def texts_of(
     captions = (c for _,_,own in pairs.samples() for c in own) if pairs else ()
     return [*islice(prompts, 15_000), *islice(captions, 5_000)]
 
-# %% ../nbs/18_evaluate.ipynb #0f336989
+# %% ../nbs/18_evaluate.ipynb #bf11e103
 def new_model(
     cfg:EvalConfig,   # names preset and merges
     texts:list[str],  # to learn a vocabulary from, where no merges are named
@@ -500,7 +514,7 @@ def new_model(
     seed_all(cfg.seed)
     return create_model(cfg.model, vocab_size=len(tokenizer)), tokenizer
 
-# %% ../nbs/18_evaluate.ipynb #04bf921b
+# %% ../nbs/18_evaluate.ipynb #4bf043a8
 def tasks_for(data:LabelledData, tasks:tuple[str, ...], n_sets:int)->tuple[str, ...]:
     "Of the whole suite, only the symbols are probed. Raises UserError for a set that can't be."
     if n_sets > 1 and data.name != "symbols": return tuple(t for t in tasks if t == "zeroshot")
@@ -508,7 +522,7 @@ def tasks_for(data:LabelledData, tasks:tuple[str, ...], n_sets:int)->tuple[str, 
         raise UserError(f"{data.name}: each picture chooses among its own captions, which a probe can't: leave probe and fewshot out of --tasks")
     return tasks
 
-# %% ../nbs/18_evaluate.ipynb #e76b032a
+# %% ../nbs/18_evaluate.ipynb #58cba5b6
 def evaluate_set(
     data:LabelledData,       # prepared
     model:CLIP,              # on its device
@@ -517,6 +531,7 @@ def evaluate_set(
     tasks:tuple[str, ...],   # of TASKS
     tower:str,               # fingerprint of the image tower
     figures:dict,            # gets name -> figure
+    alone:bool=True,         # no other data set is evaluated
 )->tuple[list[dict], dict]:  # rows, and what else is worth writing down
     "The tasks that need classes. Raises UserError."
     learns = "probe" in tasks or "fewshot" in tasks
@@ -526,12 +541,12 @@ def evaluate_set(
     if learns:
         more,details = probes(parts, cfg.shots if "fewshot" in tasks else ())
         rows += more
-    tables = draw(figures, model, tokenizer, parts, rows, zero, details)
+    tables = draw(figures, model, tokenizer, parts, rows, zero, details, alone)
     about = dict(classes=[list(words_of(c)) for c in data.classnames], templates=list(data.templates), notes=data.notes, **details)
     if tables: about |= dict(per_class=tables[0].to_dict("records"), confused=tables[1][:50].to_dict("records"))
     return rows, about
 
-# %% ../nbs/18_evaluate.ipynb #8b8322aa
+# %% ../nbs/18_evaluate.ipynb #09053eea
 def run_tasks(
     cfg:EvalConfig,          # resolved
     model:CLIP,              # on its device
@@ -544,7 +559,7 @@ def run_tasks(
     set_style()
     rows,notes,about,figures,tower = [],[],{},{},fingerprint(model.visual)
     for data in progress(sets, desc="data sets"):
-        more,about[data.name] = evaluate_set(data, model, tokenizer, cfg, tasks_for(data, tasks, len(sets)), tower, figures)
+        more,about[data.name] = evaluate_set(data, model, tokenizer, cfg, tasks_for(data, tasks, len(sets)), tower, figures, len(sets) == 1)
         rows,notes = rows+more,notes+[f"{data.name}: {note}" for note in data.notes]
     if "retrieval" in tasks:
         more,said = retrieval(model, tokenizer, cfg, pairs)
@@ -557,7 +572,7 @@ def run_tasks(
     write_results(cfg, found, head | dict(sets=about), figures)
     return found
 
-# %% ../nbs/18_evaluate.ipynb #cb1d2eaa
+# %% ../nbs/18_evaluate.ipynb #5154e1b8
 def resolved(cfg:EvalConfig)->EvalConfig:
     "Settle what was left open, and make the folders. Raises UserError."
     cfg = EvalConfig(**{f:getattr(cfg, f) for f in cfg.__dataclass_fields__})
@@ -571,7 +586,7 @@ def resolved(cfg:EvalConfig)->EvalConfig:
     if cfg.threads: torch.set_num_threads(cfg.threads)
     return cfg
 
-# %% ../nbs/18_evaluate.ipynb #ecc59b03
+# %% ../nbs/18_evaluate.ipynb #88700f02
 def evaluate(
     cfg:EvalConfig,                     # options
     model:CLIP|None=None,               # instead of the one that the options name
@@ -588,7 +603,7 @@ def evaluate(
     if tokenizer is None: model,tokenizer = new_model(cfg, texts_of(sets, pairs))
     return run_tasks(cfg, model.to(cfg.device), tokenizer, tasks, sets if labelled else [], pairs)
 
-# %% ../nbs/18_evaluate.ipynb #c448d31c
+# %% ../nbs/18_evaluate.ipynb #79ad47a4
 def main():
     "The command line: python -m clip_nbdev.evaluate."
     try:
@@ -602,5 +617,5 @@ def main():
         print("stopped by hand: features that were complete are kept in the cache", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/18_evaluate.ipynb #878ce320
+# %% ../nbs/18_evaluate.ipynb #2bc75abe
 if __name__ == "__main__" and "__file__" in globals(): main()

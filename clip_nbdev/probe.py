@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'C_GRID', 'tower_features', 'image_features', 'as_array', 
            'search_grid', 'linear_probe', 'split_val', 'few_shot', 'shots_equal', 'SupervisedResNet', 'supervised_step',
            'train_supervised']
 
-# %% ../nbs/16_probe.ipynb #c08a00cc
+# %% ../nbs/16_probe.ipynb #c6e4f067
 import copy
 import warnings
 
@@ -28,7 +28,7 @@ from .recipe import RECIPES, lr_at, parameter_groups
 from .resnet import ModifiedResNet
 from .vit import VisionTransformer
 
-# %% ../nbs/16_probe.ipynb #0a1f2bb0
+# %% ../nbs/16_probe.ipynb #831d998f
 def tower_features(
     tower:nn.Module, # image tower
     images:Tensor,   # (B, 3, H, W) normalised
@@ -38,7 +38,7 @@ def tower_features(
     at_class = torch.zeros(len(images), dtype=torch.long, device=images.device)
     return tower.ln_post(tower.transformer(tower.tokens(images), at=at_class))
 
-# %% ../nbs/16_probe.ipynb #a4b2f1c0
+# %% ../nbs/16_probe.ipynb #fd39538c
 def image_features(
     model:nn.Module,    # with an image tower `visual`, or an image tower itself
     images:Tensor,      # (N, 3, H, W) uint8, or float 0 to 1
@@ -50,7 +50,7 @@ def image_features(
         parts = progress(images.split(batch_size), desc="features")
         return torch.cat([tower_features(tower, normalize(part.to(device))).float().cpu() for part in parts])
 
-# %% ../nbs/16_probe.ipynb #c568644c
+# %% ../nbs/16_probe.ipynb #5d39ca51
 def as_array(
     v, # a tensor on any device, or what NumPy takes
 )->np.ndarray:
@@ -72,7 +72,7 @@ def check_probe(
     if y.dtype.kind not in "iub" or y.ndim > 2 or (y < 0).any(): raise UserError("labels must be whole numbers from 0, one a picture, or a table of zeros and ones")
     return x, y
 
-# %% ../nbs/16_probe.ipynb #55b80f08
+# %% ../nbs/16_probe.ipynb #1f0a76e0
 def loss_and_gradient(
     w:np.ndarray, # (rows*(D+1),) weights and intercepts; a row a class, one row alone for two classes
     x:Tensor,     # (N, D)
@@ -93,7 +93,7 @@ def loss_and_gradient(
         loss = loss.detach() + more.detach()
     return loss.item(), w.grad.flatten().double().cpu().numpy()
 
-# %% ../nbs/16_probe.ipynb #e9c1bcaa
+# %% ../nbs/16_probe.ipynb #71d0595c
 def fit_torch(
     x:np.ndarray,         # (N, D) features
     y:np.ndarray,         # (N,) class numbers
@@ -111,14 +111,14 @@ def fit_torch(
     clf.coef_,clf.intercept_,clf.n_features_in_,clf.n_iter_ = w[:,:-1],w[:,-1],D,np.array([found.nit], dtype=np.int32)
     return clf
 
-# %% ../nbs/16_probe.ipynb #6cd17dac
+# %% ../nbs/16_probe.ipynb #51049ff5
 class PerColumn:
     "One yes-or-no classifier for each column of a table of labels."
     def __init__(self, clfs:list): self.clfs,self.classes_ = clfs,np.arange(len(clfs))
     def decision_function(self, x)->np.ndarray: return np.stack([c.decision_function(x) for c in self.clfs], 1)        # (N, K)
     def predict_proba(self, x)->np.ndarray: return np.stack([c.predict_proba(x)[:,1] for c in self.clfs], 1)           # (N, K)
 
-# %% ../nbs/16_probe.ipynb #d24eaebc
+# %% ../nbs/16_probe.ipynb #c8ba1ddb
 def fit_logistic(
     x,                 # (N, D) features
     y,                 # (N,) class numbers, or (N, K) yes and no: then a classifier a column
@@ -138,7 +138,7 @@ def fit_logistic(
         warnings.filterwarnings("ignore", "The number of unique classes") # one shot is meant
         return clf.fit(x, y)
 
-# %% ../nbs/16_probe.ipynb #349b8b49
+# %% ../nbs/16_probe.ipynb #6fc1d2c1
 def class_scores(
     clf,           # as `fit_logistic` gives it
     x,             # (N, D) features
@@ -151,7 +151,7 @@ def class_scores(
     scores[:, clf.classes_] = found
     return scores
 
-# %% ../nbs/16_probe.ipynb #63b59c11
+# %% ../nbs/16_probe.ipynb #1397a9ce
 def accuracy(
     labels, # (N,) class numbers
     scores, # (N, K)
@@ -167,7 +167,7 @@ def mean_per_class(
     labels,right = as_array(labels),as_array(scores).argmax(1) == as_array(labels)
     return float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
 
-# %% ../nbs/16_probe.ipynb #94656597
+# %% ../nbs/16_probe.ipynb #ea055e86
 def map_11_point(
     labels, # (N, K) zeros and ones
     scores, # (N, K)
@@ -194,7 +194,7 @@ def roc_auc(
 
 METRICS = dict(accuracy=accuracy, mean_per_class=mean_per_class, map_11_point=map_11_point, roc_auc=roc_auc)
 
-# %% ../nbs/16_probe.ipynb #eaf99a43
+# %% ../nbs/16_probe.ipynb #22f7fc52
 C_GRID = np.logspace(-6, 6, 97) # 96 logarithmic steps, 8 a decade
 
 def search_grid(
@@ -212,7 +212,7 @@ def search_grid(
     while (step := step//2): top = best([top-step, top+step])
     return top, found
 
-# %% ../nbs/16_probe.ipynb #9798dfe3
+# %% ../nbs/16_probe.ipynb #2f032abb
 def linear_probe(
     train,              # features (N, D) and labels, from which each C of the sweep is fitted
     val,                # on which C is chosen
@@ -235,7 +235,7 @@ def linear_probe(
     C,both = float(C_GRID[top]),(np.concatenate(v) for v in zip(*parts[:2]))
     return dict(score=fitted(*both, C, parts[2]), C=C, curve={float(C_GRID[i]):curve[i] for i in sorted(curve)})
 
-# %% ../nbs/16_probe.ipynb #e59a2899
+# %% ../nbs/16_probe.ipynb #dfc3fd6e
 def split_val(
     labels,           # (N,) class numbers, or (N, K) zeros and ones
     share:float=0.2,  # of each class that is put aside
@@ -249,7 +249,7 @@ def split_val(
     val = np.sort(np.concatenate(aside))
     return torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val)), torch.from_numpy(val)
 
-# %% ../nbs/16_probe.ipynb #590fdf06
+# %% ../nbs/16_probe.ipynb #68ce8c55
 def few_shot(
     train,              # features (N, D) and labels (N,) to draw examples from
     test,               # on which each fit is measured
@@ -275,7 +275,7 @@ def few_shot(
             found[n].append(metric(test[1], class_scores(fit_logistic(x[some], y[some], C, max_iter, device), test[0], n_classes)))
     return found
 
-# %% ../nbs/16_probe.ipynb #d56b56c5
+# %% ../nbs/16_probe.ipynb #90e1cc06
 def shots_equal(
     zero_shot:float,  # score without any example
     curve:dict,       # examples a class -> score, or a score for each draw; the full probe's number included
@@ -288,7 +288,7 @@ def shots_equal(
     if zero_shot <= score[0]: return float(n[0]) if zero_shot == score[0] else line(0) if score[1] > score[0] else 0.
     return next((line(i) for i in range(len(n)-1) if score[i+1] >= zero_shot), float("inf"))
 
-# %% ../nbs/16_probe.ipynb #c372ccd6
+# %% ../nbs/16_probe.ipynb #ffe90613
 class SupervisedResNet(nn.Module):
     "CLIP's ResNet with a linear classifier in the text tower's place: what is learned from class numbers alone."
     def __init__(self,
@@ -305,7 +305,7 @@ class SupervisedResNet(nn.Module):
     def forward(self, images:Tensor)->Tensor: # (B, 3, H, W) normalised -> (B, K)
         return self.head(self.visual(images))
 
-# %% ../nbs/16_probe.ipynb #365e173e
+# %% ../nbs/16_probe.ipynb #e1efe23c
 def supervised_step(
     model:SupervisedResNet,           # in training mode
     optimizer:torch.optim.Optimizer,  # of its parameters
@@ -321,7 +321,7 @@ def supervised_step(
     nn.utils.clip_grad_norm_(model.parameters(), 1.)
     optimizer.step()
 
-# %% ../nbs/16_probe.ipynb #d4a1e265
+# %% ../nbs/16_probe.ipynb #f7de6061
 def train_supervised(
     pairs:GlyphPairs,                  # where pictures come from; the classes are its concepts, in their order
     img_size:int,                      # side of the pictures in pixels, that of `pairs`
