@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'OUT_FILES', 'SCORES', 'EvalConfig', 'check_options', 'Featu
            'plot_few_shot', 'plot_sets', 'names_of', 'some_pictures', 'draw', 'as_text', 'write_results', 'open_model',
            'texts_of', 'new_model', 'tasks_for', 'evaluate_set', 'run_tasks', 'resolved', 'evaluate', 'main']
 
-# %% ../nbs/18_evaluate.ipynb #e4366cdd
+# %% ../nbs/18_evaluate.ipynb #4831d025
 import hashlib
 import json
 import random
@@ -44,7 +44,7 @@ from .stream import PairStream, one_line, pair_loader, said_once
 from .tokenizer import BPETokenizer
 from .zeroshot import check_names, fingerprint, plot_predictions, predict, words_of, zeroshot_classifier, zeroshot_logits
 
-# %% ../nbs/18_evaluate.ipynb #77a6143f
+# %% ../nbs/18_evaluate.ipynb #d4ae934d
 @dataclass
 class EvalConfig(LabelledOptions):
     "Evaluate a model on pictures: zero-shot, by probes, by retrieval. Start it by: python -m clip_nbdev.evaluate"
@@ -62,7 +62,7 @@ class EvalConfig(LabelledOptions):
     cache:Path|None=None        # where features and classifiers are kept; default a folder in --out
     seed:int=0                  # of random weights, of splits and of draws
 
-# %% ../nbs/18_evaluate.ipynb #ef07a27a
+# %% ../nbs/18_evaluate.ipynb #fc6f196e
 TASKS = ("zeroshot", "probe", "fewshot", "retrieval")
 
 OUT_FILES = {"results.csv", "results.json", "report.md", "figures", "cache"}
@@ -86,7 +86,7 @@ def check_options(
     if held - {"cache"} and not cfg.overwrite: raise UserError(f"{cfg.out} already holds results: choose another --out, or replace them with --overwrite")
     return tasks
 
-# %% ../nbs/18_evaluate.ipynb #a04a15a6
+# %% ../nbs/18_evaluate.ipynb #4acd2b24
 @dataclass
 class Features:
     "What the tower sees in the pictures of a part."
@@ -97,7 +97,7 @@ class Features:
 
     def rows(self, which:Tensor)->"Features": return Features(self.x[which], self.labels[which])
 
-# %% ../nbs/18_evaluate.ipynb #3ad5b75b
+# %% ../nbs/18_evaluate.ipynb #2fb30dbf
 def read_part(
     model:CLIP,           # any mode
     part,                 # has samples
@@ -122,7 +122,7 @@ def read_part(
     order = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
     return Features(torch.cat(found)[order], torch.stack(labels)[order], len(broken), broken[0] if broken else "")
 
-# %% ../nbs/18_evaluate.ipynb #75b3e040
+# %% ../nbs/18_evaluate.ipynb #5ca5e6af
 def to_embeddings(
     model:CLIP, # whose tower gave the features
     x:Tensor,   # (N, D) features
@@ -131,7 +131,7 @@ def to_embeddings(
     proj = getattr(model.visual, "proj", None)
     return F.normalize(x if proj is None else x @ proj.detach().float().cpu(), dim=-1)
 
-# %% ../nbs/18_evaluate.ipynb #9142b1ff
+# %% ../nbs/18_evaluate.ipynb #0bea715f
 def kept_features(
     model:CLIP,      # any mode
     part,            # has samples and a mark
@@ -150,7 +150,7 @@ def kept_features(
     aside.replace(path)
     return found
 
-# %% ../nbs/18_evaluate.ipynb #c6702ff9
+# %% ../nbs/18_evaluate.ipynb #5e568555
 class Parts:
     "Features of the parts of a data set, each computed when it is first asked for; data that nobody split are halved where a task learns."
     def __init__(self,
@@ -185,7 +185,7 @@ class Parts:
         if "val" in self.data.parts: return train, self.features("val")
         return tuple(train.rows(rows) for rows in split_val(train.labels, 0.2, self.cfg.seed))
 
-# %% ../nbs/18_evaluate.ipynb #cf6160db
+# %% ../nbs/18_evaluate.ipynb #5d2ce3d9
 def mean_top1_top5(
     labels, # (N,) class numbers
     scores, # (N, K)
@@ -214,7 +214,7 @@ def chance(
     if data.metric == "roc_auc": return 0.5
     return EvalSet(torch.empty(0), labels, data.classnames, data.templates, data.choices).chance
 
-# %% ../nbs/18_evaluate.ipynb #ca0733eb
+# %% ../nbs/18_evaluate.ipynb #f815cc9d
 def row(
     data:LabelledData,      # which was asked
     task:str,               # "zero-shot", "probe", …
@@ -228,7 +228,7 @@ def row(
     "A line of the result."
     return dict(data=data.name, task=task, how=how, metric=metric or data.metric, score=value, sd=sd, chance=guess, n=n)
 
-# %% ../nbs/18_evaluate.ipynb #6e6f0eff
+# %% ../nbs/18_evaluate.ipynb #09afac5a
 def ways(
     data:LabelledData, # with templates
 )->dict[str, tuple]:   # what a row is called -> templates
@@ -247,7 +247,7 @@ def check_labels(
     seen = f"{labels.shape[1]} columns" if labels.ndim == 2 else f"labels from {labels.min()} to {labels.max()}"
     raise UserError(f"{data.name}: {seen}, and {n} class names: check --classnames")
 
-# %% ../nbs/18_evaluate.ipynb #77d57134
+# %% ../nbs/18_evaluate.ipynb #dfbe1650
 def zero_shot(
     model:CLIP,              # any mode
     tokenizer:BPETokenizer,  # of the model
@@ -264,7 +264,7 @@ def zero_shot(
         rows.append(row(data, "zero-shot", how, score(data, test.labels, logits), chance(data, test.labels), len(test.x)))
     return rows, logits, test.labels
 
-# %% ../nbs/18_evaluate.ipynb #ca5c9f1e
+# %% ../nbs/18_evaluate.ipynb #a56ac20c
 def check_shots(
     data:LabelledData, # for the message
     labels:Tensor,     # (N,) of the training data
@@ -277,7 +277,7 @@ def check_shots(
     which = words_of(data.classnames[int(torch.where(count == 0, count.max()+1, count).argmin())])[0]
     if least < max(shots): raise UserError(f"{data.name}: class {which!r} has {least} training examples, fewer than {max(shots)} shots: give --shots {' '.join(str(n) for n in shots if n <= least) or 1}")
 
-# %% ../nbs/18_evaluate.ipynb #f063a6bd
+# %% ../nbs/18_evaluate.ipynb #2385575a
 def probes(
     parts:Parts,       # of the data
     shots:tuple=(),    # examples of each class; nothing for the full probe alone
@@ -297,7 +297,7 @@ def probes(
     rows += [row(data, "few-shot", f"{k} of each class", float(np.mean(v)), guess, n, float(np.std(v, ddof=1)) if len(v) > 1 else None) for k,v in curve.items()]
     return rows, dict(C=full["C"], sweep=full["curve"], few_shot=curve, n_train=len(both.x), full=full["score"])
 
-# %% ../nbs/18_evaluate.ipynb #b25f9802
+# %% ../nbs/18_evaluate.ipynb #138108fe
 class Some:
     "The first pairs of a random order."
     def __init__(self, pairs, limit:int): self.pairs,self.limit = pairs,limit
@@ -316,7 +316,7 @@ def open_captions(
     if not any(captions for _,_,captions in islice(pairs.samples(), 100)): raise no
     return pairs if cfg.limit is None else Some(pairs, cfg.limit)
 
-# %% ../nbs/18_evaluate.ipynb #4abe4092
+# %% ../nbs/18_evaluate.ipynb #68d99475
 def drawn_scenes(img_size:int, n:int)->list: # batches of (images, lists of captions)
     "Scenes of the corpus that no training saw in this order, a caption each."
     images,captions,_ = GlyphPairs(img_size, scenes=1., seed=4321).scene_pairs(n)
@@ -341,7 +341,7 @@ def retrieval(
     broken,empty = stream.counts[1:].tolist() if stream else (0, 0)
     return rows, [f"{broken} pictures can't be read and {empty} have no caption: left out of retrieval"] if broken or empty else []
 
-# %% ../nbs/18_evaluate.ipynb #b9ab39f4
+# %% ../nbs/18_evaluate.ipynb #531b0e4b
 def class_table(
     data:LabelledData, # with names
     logits:Tensor,     # (N, K)
@@ -358,7 +358,7 @@ def class_table(
     confused = pd.DataFrame({"class":[names[i] for i in wrong.label], "taken for":[names[i] for i in wrong.predicted], "n":wrong.n, "share":[n/size[i] for n,i in zip(wrong.n, wrong.label)]})
     return classes, confused
 
-# %% ../nbs/18_evaluate.ipynb #8e26e810
+# %% ../nbs/18_evaluate.ipynb #1b940ab5
 def plot_classes(
     classes:pd.DataFrame,  # of `class_table`
     confused:pd.DataFrame, # likewise
@@ -378,7 +378,7 @@ def plot_classes(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/18_evaluate.ipynb #e9a267d9
+# %% ../nbs/18_evaluate.ipynb #acc8dcd1
 def plot_few_shot(
     rows:list[dict],  # of a data set: zero-shot, few-shot and probe
     n_classes:int,    # K
@@ -401,7 +401,7 @@ def plot_few_shot(
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/18_evaluate.ipynb #eaa60fcb
+# %% ../nbs/18_evaluate.ipynb #48cd014a
 def plot_sets(
     rows:list[dict], # zero-shot rows of several data sets
 )->plt.Figure:
@@ -415,7 +415,7 @@ def plot_sets(
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/18_evaluate.ipynb #38b5db4b
+# %% ../nbs/18_evaluate.ipynb #94c7e1ab
 def names_of(data:LabelledData)->tuple[str, ...]: return tuple(words_of(c)[0] for c in data.classnames)
 
 def some_pictures(
@@ -433,7 +433,7 @@ def some_pictures(
     if not found: return None
     return EvalSet(torch.stack([image for image,_ in found])/255, torch.tensor([int(label) for _,label in found]), names_of(data), data.templates)
 
-# %% ../nbs/18_evaluate.ipynb #9974af3e
+# %% ../nbs/18_evaluate.ipynb #2686cf6f
 def draw(
     figures:dict,                # gets name -> figure
     model:CLIP,                  # any mode
@@ -454,7 +454,7 @@ def draw(
     if shown: figures["predictions"] = plot_predictions(model, tokenizer, shown, list(range(len(shown.labels))))
     return tables
 
-# %% ../nbs/18_evaluate.ipynb #69fe8637
+# %% ../nbs/18_evaluate.ipynb #e5cf1232
 def as_text(
     rows:pd.DataFrame, # of `evaluate`
 )->str:
@@ -481,7 +481,7 @@ def write_results(
     lines += [f"![{name}](figures/{name}.png)" for name in figures]
     (cfg.out/"report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/18_evaluate.ipynb #b6fa40a1
+# %% ../nbs/18_evaluate.ipynb #602f85d2
 def open_model(
     cfg:EvalConfig, # names it
 )->tuple[CLIP, BPETokenizer|None]: # with random weights a shape without numbers, until the vocabulary is known
@@ -503,7 +503,7 @@ def texts_of(
     captions = (c for _,_,own in pairs.samples() for c in own) if pairs else ()
     return [*islice(prompts, 15_000), *islice(captions, 5_000)]
 
-# %% ../nbs/18_evaluate.ipynb #bf11e103
+# %% ../nbs/18_evaluate.ipynb #966132d9
 def new_model(
     cfg:EvalConfig,   # names preset and merges
     texts:list[str],  # to learn a vocabulary from, where no merges are named
@@ -514,7 +514,7 @@ def new_model(
     seed_all(cfg.seed)
     return create_model(cfg.model, vocab_size=len(tokenizer)), tokenizer
 
-# %% ../nbs/18_evaluate.ipynb #4bf043a8
+# %% ../nbs/18_evaluate.ipynb #c4474faa
 def tasks_for(data:LabelledData, tasks:tuple[str, ...], n_sets:int)->tuple[str, ...]:
     "Of the whole suite, only the symbols are probed. Raises UserError for a set that can't be."
     if n_sets > 1 and data.name != "symbols": return tuple(t for t in tasks if t == "zeroshot")
@@ -522,7 +522,7 @@ def tasks_for(data:LabelledData, tasks:tuple[str, ...], n_sets:int)->tuple[str, 
         raise UserError(f"{data.name}: each picture chooses among its own captions, which a probe can't: leave probe and fewshot out of --tasks")
     return tasks
 
-# %% ../nbs/18_evaluate.ipynb #58cba5b6
+# %% ../nbs/18_evaluate.ipynb #7873482e
 def evaluate_set(
     data:LabelledData,       # prepared
     model:CLIP,              # on its device
@@ -546,7 +546,7 @@ def evaluate_set(
     if tables: about |= dict(per_class=tables[0].to_dict("records"), confused=tables[1][:50].to_dict("records"))
     return rows, about
 
-# %% ../nbs/18_evaluate.ipynb #09053eea
+# %% ../nbs/18_evaluate.ipynb #89376858
 def run_tasks(
     cfg:EvalConfig,          # resolved
     model:CLIP,              # on its device
@@ -572,7 +572,7 @@ def run_tasks(
     write_results(cfg, found, head | dict(sets=about), figures)
     return found
 
-# %% ../nbs/18_evaluate.ipynb #5154e1b8
+# %% ../nbs/18_evaluate.ipynb #3baa6910
 def resolved(cfg:EvalConfig)->EvalConfig:
     "Settle what was left open, and make the folders. Raises UserError."
     cfg = EvalConfig(**{f:getattr(cfg, f) for f in cfg.__dataclass_fields__})
@@ -586,7 +586,7 @@ def resolved(cfg:EvalConfig)->EvalConfig:
     if cfg.threads: torch.set_num_threads(cfg.threads)
     return cfg
 
-# %% ../nbs/18_evaluate.ipynb #88700f02
+# %% ../nbs/18_evaluate.ipynb #7d1dc81b
 def evaluate(
     cfg:EvalConfig,                     # options
     model:CLIP|None=None,               # instead of the one that the options name
@@ -597,13 +597,13 @@ def evaluate(
     if model is None: model,tokenizer = open_model(cfg)
     pairs = open_captions(cfg) if "retrieval" in tasks and on != "glyphs" else None
     labelled = [t for t in tasks if t != "retrieval"]
-    sets = open_glyphs(cfg.data, model.config.img_size, cfg.limit or 500) if on == "glyphs" else [with_training(open_data(cfg, cfg.data), cfg)] if labelled else []
+    sets = open_glyphs(cfg.data, model.config.img_size, cfg.limit or 500) if on == "glyphs" and (labelled or tokenizer is None) else [with_training(open_data(cfg, cfg.data), cfg)] if labelled else []
     sets = [prepared(data, cfg) for data in sets]
     cfg = resolved(cfg)
     if tokenizer is None: model,tokenizer = new_model(cfg, texts_of(sets, pairs))
     return run_tasks(cfg, model.to(cfg.device), tokenizer, tasks, sets if labelled else [], pairs)
 
-# %% ../nbs/18_evaluate.ipynb #79ad47a4
+# %% ../nbs/18_evaluate.ipynb #1d756d25
 def main():
     "The command line: python -m clip_nbdev.evaluate."
     try:
@@ -617,5 +617,5 @@ def main():
         print("stopped by hand: features that were complete are kept in the cache", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/18_evaluate.ipynb #2bc75abe
+# %% ../nbs/18_evaluate.ipynb #902fc424
 if __name__ == "__main__" and "__file__" in globals(): main()

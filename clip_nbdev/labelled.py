@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'SPLITS', 'FLAG', 'TWO', 'THREE', 'AS_TEST', 'CONSTRUCTORS', 'VIDEOS', 'VOC', 'WORDS', 'TARGETS',
-           'Numbered', 'LabelledFiles', 'LabelledData', 'to_rgb', 'LabelStream', 'visible', 'pictures_below',
-           'class_folders', 'read_classnames', 'rename', 'LabelledOptions', 'open_folder', 'open_table', 'raw_label',
-           'from_bytes', 'LabelledShards', 'shard_classes', 'open_shards', 'voc_labels', 'kitti_distance',
-           'clevr_count', 'LabelledSet', 'constructor', 'make_set', 'set_names', 'open_set', 'Drawn', 'open_glyphs',
-           'open_data', 'prepared', 'with_training']
+           'Numbered', 'LabelledFiles', 'LabelledData', 'LabelStream', 'visible', 'pictures_below', 'class_folders',
+           'read_classnames', 'rename', 'LabelledOptions', 'open_folder', 'open_table', 'raw_label', 'from_bytes',
+           'LabelledShards', 'shard_classes', 'open_shards', 'voc_labels', 'kitti_distance', 'clevr_count',
+           'LabelledSet', 'constructor', 'make_set', 'set_names', 'open_set', 'Drawn', 'open_glyphs', 'open_data',
+           'prepared', 'with_training']
 
-# %% ../nbs/17b_labelled.ipynb #c0377183
+# %% ../nbs/17b_labelled.ipynb #2a580ac5
 import hashlib
 import inspect
 import io
@@ -24,7 +24,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import torchvision
 import tyro
@@ -38,9 +37,10 @@ from .data import IMAGE_ENDINGS, ShardPairs, is_remote, picture_in, read_piece, 
 from .glyphs import SUITE, eval_set
 from .prompts import PAPER_SETS, dataset_prompts, paper_set
 from .scenes import SCENE_SUITE
+from .stream import to_rgb
 from .zeroshot import check_names, suite_set
 
-# %% ../nbs/17b_labelled.ipynb #57aa08a3
+# %% ../nbs/17b_labelled.ipynb #f3430671
 class Numbered:
     "A part whose pictures have numbers: `get(i)` gives picture and label."
     def samples(self,
@@ -67,7 +67,7 @@ class LabelledFiles(Numbered):
         stats = [(str(p), label, p.stat().st_size, p.stat().st_mtime_ns) for p,label in self.items if p.exists()]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
-# %% ../nbs/17b_labelled.ipynb #0bfc6ff4
+# %% ../nbs/17b_labelled.ipynb #711dad47
 @dataclass
 class LabelledData:
     "Pictures with classes, in parts, and all that must be fixed beside them."
@@ -79,15 +79,7 @@ class LabelledData:
     choices:Tensor|None=None        # as in EvalSet, for the test part
     notes:list[str]=field(default_factory=list) # what was left out or decided, a line each
 
-# %% ../nbs/17b_labelled.ipynb #9a98115e
-def to_rgb(
-    img:Image.Image, # any mode
-)->Image.Image:      # RGB
-    "Any picture as RGB. Sixteen bits a pixel are scaled to eight: Pillow would cut them off, and nearly all would be white."
-    if img.mode.startswith("I"): img = Image.fromarray((np.asarray(img).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    return img.convert("RGB")
-
-# %% ../nbs/17b_labelled.ipynb #07a076d4
+# %% ../nbs/17b_labelled.ipynb #cdba1406
 class LabelStream(IterableDataset):
     "The pictures of a part, decoded. One that can't be read or has no label comes as its reason, and nothing else."
     def __init__(self, part, transform, limit:int|None=None): self.part,self.transform,self.limit = part,transform,limit
@@ -103,7 +95,7 @@ class LabelStream(IterableDataset):
             except UserError: raise
             except Exception as e: yield name, None, None, reason(e) if name[1] in reason(e) else f"{name[1]}: {reason(e)}"
 
-# %% ../nbs/17b_labelled.ipynb #546ad3a2
+# %% ../nbs/17b_labelled.ipynb #acc48b36
 ENDINGS = (*IMAGE_ENDINGS, ".tif", ".tiff", ".ppm")
 
 SPLITS = {name:part for part,names in dict(train=("train", "training"), val=("val", "valid", "validation", "dev"), test=("test", "testing")).items() for name in names}
@@ -128,7 +120,7 @@ def class_folders(
     if len(split) == 1: split = dict(all=next(iter(split.values())))
     return {part:{d.name:pictures_below(d) for d in visible(where) if d.is_dir()} for part,where in split.items()}
 
-# %% ../nbs/17b_labelled.ipynb #d8c1ea16
+# %% ../nbs/17b_labelled.ipynb #c52300c2
 def read_classnames(
     path:Path, # a name a line
 )->tuple:      # names, or tuples of words
@@ -148,7 +140,7 @@ def rename(
     if len(given) != len(found): raise UserError(f"--classnames {classnames} has {len(given)} names, and the data {len(found)} classes ({', '.join(found[:3])}, …)")
     return given
 
-# %% ../nbs/17b_labelled.ipynb #90c6a1a9
+# %% ../nbs/17b_labelled.ipynb #cf8dc7e6
 @dataclass
 class LabelledOptions:
     "What is evaluated, on what."
@@ -166,7 +158,7 @@ class LabelledOptions:
     label_col:str="label"       # column of the class names in a table
     caption_col:str="caption"   # column of the captions in a table, for retrieval
 
-# %% ../nbs/17b_labelled.ipynb #711188d5
+# %% ../nbs/17b_labelled.ipynb #223a819c
 def open_folder(
     cfg:LabelledOptions, # with names for the classes, perhaps
     folder:Path,     # that exists
@@ -186,7 +178,7 @@ def open_folder(
     parts = {part:partial(LabelledFiles, rows) for part,rows in items.items() if rows}
     return LabelledData(folder.name or str(folder), parts, tuple(classnames[names.index(name)] for name in kept), (), notes=notes)
 
-# %% ../nbs/17b_labelled.ipynb #213e8e26
+# %% ../nbs/17b_labelled.ipynb #471de697
 def open_table(
     cfg:LabelledOptions, # names the columns
     path:Path,       # .csv or .tsv
@@ -210,10 +202,10 @@ def raw_label(
     label = next((fields[k] for k in ("cls", "label", "class", "class_name") if k in fields), None) if isinstance(fields, dict) else None
     return int(label) if isinstance(label, str) and label.isdigit() else label if isinstance(label, (int, str)) and label != "" else None
 
-# %% ../nbs/17b_labelled.ipynb #3ab4cb42
+# %% ../nbs/17b_labelled.ipynb #45329cbc
 #| exports
 
-# %% ../nbs/17b_labelled.ipynb #e49d8e7e
+# %% ../nbs/17b_labelled.ipynb #09b79b32
 def from_bytes(
     sample:dict,  # of a shard
     number:dict,  # label -> class number
@@ -239,10 +231,10 @@ class LabelledShards:
         stats = [(s, None if is_remote(s) else (Path(s).stat().st_size, Path(s).stat().st_mtime_ns)) for s in self.pairs.shards]
         return hashlib.sha256(repr((stats, self.number)).encode()).hexdigest()
 
-# %% ../nbs/17b_labelled.ipynb #86893f27
+# %% ../nbs/17b_labelled.ipynb #21616ff2
 #| exports
 
-# %% ../nbs/17b_labelled.ipynb #3d7ecc13
+# %% ../nbs/17b_labelled.ipynb #c096913c
 def shard_classes(
     pattern:str,          # shards
     classnames:Path|None, # names for numbers
@@ -261,7 +253,7 @@ def shard_classes(
     found = sorted({str(label) for s in progress(samples, desc="reading labels") if (label := raw_label(s)) is not None})
     return found, rename(found, path)
 
-# %% ../nbs/17b_labelled.ipynb #f823bfd6
+# %% ../nbs/17b_labelled.ipynb #07218020
 def open_shards(
     cfg:LabelledOptions, # with names for the classes, perhaps
     pattern:str,     # shards
@@ -271,7 +263,7 @@ def open_shards(
     number = {label:i for i,label in enumerate(labels)}
     return LabelledData(Path(pattern.split("::")[0]).stem, dict(all=partial(LabelledShards, pattern, number)), names, ())
 
-# %% ../nbs/17b_labelled.ipynb #9629a344
+# %% ../nbs/17b_labelled.ipynb #7b659b8a
 FLAG = dict(train=dict(train=True), test=dict(train=False))
 
 TWO,THREE = ({part:dict(split=part) for part in parts} for parts in (("train", "test"), ("train", "val", "test")))
@@ -287,7 +279,7 @@ CONSTRUCTORS = dict(
 
 VIDEOS = ("UCF101", "Kinetics", "HMDB51", "MovingMNIST")
 
-# %% ../nbs/17b_labelled.ipynb #93b474bd
+# %% ../nbs/17b_labelled.ipynb #02d68afb
 VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
        "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
@@ -310,7 +302,7 @@ def clevr_count(n:int)->int: # 0 for three things, 7 for ten
 
 TARGETS = dict(VOCDetection=voc_labels, Kitti=kitti_distance, CLEVRClassification=clevr_count)
 
-# %% ../nbs/17b_labelled.ipynb #917eb909
+# %% ../nbs/17b_labelled.ipynb #052676f9
 class LabelledSet(Numbered):
     "A part of one of torchvision's data sets."
     def __init__(self, name:str, data:VisionDataset, kwargs:dict): self.name,self.data,self.kwargs,self.target = name,data,kwargs,TARGETS.get(name)
@@ -336,7 +328,7 @@ def constructor(
     if found in VIDEOS: raise UserError(f"{found} is a set of videos: save the middle frame of each, as the paper did, into one folder a class, and give that folder")
     return there[found]
 
-# %% ../nbs/17b_labelled.ipynb #dc11a78c
+# %% ../nbs/17b_labelled.ipynb #ca1eb111
 def make_set(
     make:type,        # class of torchvision
     kwargs:dict,      # of the part
@@ -351,7 +343,7 @@ def make_set(
         raise UserError(f"{make.__name__} can't be read from {root} ({reason(e).split('. ')[0]}): {way}") from None
     return LabelledSet(make.__name__, data, kwargs)
 
-# %% ../nbs/17b_labelled.ipynb #e7676f83
+# %% ../nbs/17b_labelled.ipynb #97c9fade
 def set_names(
     name:str,             # class of torchvision
     own:list|None,        # names that the data set brings
@@ -366,7 +358,7 @@ def set_names(
     if not own: raise UserError(f"{name} brings no class names: give them by --classnames FILE, one a line, in the order of its labels")
     return tuple(" ".join(c.replace("_", " ").replace("/", " ").split()) for c in own)
 
-# %% ../nbs/17b_labelled.ipynb #546b3eaf
+# %% ../nbs/17b_labelled.ipynb #fdbc35e8
 def open_set(
     cfg:LabelledOptions, # names the data set
     name:str,        # as somebody typed it
@@ -385,7 +377,7 @@ def open_set(
     notes = [f"{name}'s test labels are not public: its validation part is tested"] if how is AS_TEST else []
     return LabelledData(name, parts, set_names(name, own, given, cfg), tuple(templates), paper.metric if paper else "accuracy", notes=notes)
 
-# %% ../nbs/17b_labelled.ipynb #78e71c3b
+# %% ../nbs/17b_labelled.ipynb #7a56b1b2
 class Drawn:
     "A part whose pictures are a tensor."
     def __init__(self, images:Tensor, labels:Tensor): self.images,self.labels = images,labels
@@ -409,7 +401,7 @@ def open_glyphs(
         return LabelledData(name, parts, data.classnames, data.templates, choices=data.choices)
     return [opened(name) for name in progress(names.split(",") if names else SUITE + SCENE_SUITE, desc="drawing")]
 
-# %% ../nbs/17b_labelled.ipynb #791c04e9
+# %% ../nbs/17b_labelled.ipynb #ec4d3b1b
 def open_data(
     cfg:LabelledOptions, # names columns, folders, classes
     data:str,            # as --data has it
@@ -424,7 +416,7 @@ def open_data(
     if "/" in data or os.sep in data: raise UserError(f"no folder {data}: check --data")
     return open_set(cfg, data.removeprefix("torchvision:"))
 
-# %% ../nbs/17b_labelled.ipynb #ed2da40f
+# %% ../nbs/17b_labelled.ipynb #2dab440a
 def prepared(
     data:LabelledData,      # as it was opened
     cfg:LabelledOptions,    # may know better templates
@@ -440,7 +432,7 @@ def prepared(
     if len(data.classnames) < 2: raise UserError(f"{data.name} has one class, {data.classnames[0]!r}, and every answer would be right: give one folder (or label) for each of at least two")
     return data
 
-# %% ../nbs/17b_labelled.ipynb #33ef8806
+# %% ../nbs/17b_labelled.ipynb #0b9056cf
 def with_training(
     data:LabelledData,   # to be tested
     cfg:LabelledOptions, # may name training data

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TIE', 'check_pairs', 'recall_at', 'embed_pairs']
 
-# %% ../nbs/17_retrieval.ipynb #ffaeef3c
+# %% ../nbs/17_retrieval.ipynb #d76073c9
 import torch
 from torch import Tensor, nn
 
 from .core import UserError, evaluating, progress
 from .data import normalize
 
-# %% ../nbs/17_retrieval.ipynb #cb8d615d
+# %% ../nbs/17_retrieval.ipynb #7e0ced68
 TIE = 1e-6 # cosines closer than this count as equal: float32 rounds a sum of products by about as much
 
 def check_pairs(
@@ -26,7 +26,7 @@ def check_pairs(
     for name,emb in dict(img_emb=img_emb, txt_emb=txt_emb).items():
         if not ((emb.float().norm(dim=-1) - 1).abs() < 0.01).all(): raise ValueError(f"{name} has rows that are not of length 1, or not finite: normalise them")
 
-# %% ../nbs/17_retrieval.ipynb #3a102cb3
+# %% ../nbs/17_retrieval.ipynb #cca6ae31
 def recall_at(
     img_emb:Tensor,              # (N, E) image embeddings, length 1
     txt_emb:Tensor,              # (M, E) text embeddings, length 1
@@ -48,7 +48,7 @@ def recall_at(
     ranks = dict(image_to_text=img_rank, text_to_image=torch.cat(txt_rank))
     return {f"{way}@{k}":(rank < k).double().mean().item() for way,rank in ranks.items() for k in ks}
 
-# %% ../nbs/17_retrieval.ipynb #91e9f798
+# %% ../nbs/17_retrieval.ipynb #1738370a
 def embed_pairs(
     model:nn.Module, # has encode_image and encode_text
     tokenizer,       # texts -> (B, L) ids

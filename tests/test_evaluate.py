@@ -10,9 +10,11 @@ import tarfile
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import torchvision
 from conftest import as_bytes, picture
 from PIL import Image
+from safetensors.torch import load_file
 
 from clip_nbdev.core import UserError
 from clip_nbdev.evaluate import EvalConfig, evaluate
@@ -44,7 +46,7 @@ def mess(tmp_path_factory):
     (folder/"owl"/"Thumbs.db").write_bytes(b"x")
     (folder/"readme.txt").write_text("hello")
     (folder/"empty").mkdir()
-    for hidden in (".git", "__MACOSX"):
+    for hidden in (".git", "__MACOSX", "owl/.thumbs"):
         (folder/hidden).mkdir()
         picture(1).save(folder/hidden/"x.png")
     picture(2).save(folder/"stray.png")
@@ -72,6 +74,9 @@ def test_workers_batches_and_cache_change_nothing(mess, tmp_path):
     first = evaluate(EvalConfig(**how, out=tmp_path/"a", batch_size=5))
     other = evaluate(EvalConfig(**how, out=tmp_path/"b", batch_size=64, workers=2))
     kept = sorted((tmp_path/"a"/"cache").iterdir())
+    ours, theirs = (load_file(next((tmp_path/name/"cache").glob("features-*"))) for name in "ab")
+    assert torch.equal(ours["labels"], theirs["labels"])
+    torch.testing.assert_close(ours["x"], theirs["x"], atol=1e-5, rtol=1e-3)
     again = evaluate(EvalConfig(**how, out=tmp_path/"a", overwrite=True))
     pd.testing.assert_frame_equal(first, other, atol=0.06) # a picture on the edge may fall to the other side
     pd.testing.assert_frame_equal(first, again)
@@ -103,6 +108,19 @@ def test_shards_with_captions_and_with_labels(shards, tmp_path):
     (tmp_path/"names.txt").write_text("fox | vulpes\nbear\n")
     found = evaluate(EvalConfig(**how, classnames=tmp_path/"names.txt", tasks="zeroshot,probe", template=("{}", "the {}"), workers=2))
     assert found.how.tolist() == ["bare names", "ensemble of 2", "all 10 examples"] and set(found.n) == {10}
+
+
+def test_a_table_with_labels_and_captions(tmp_path):
+    lines = ["image,kind,text"]
+    for i in range(12):
+        picture(i).save(tmp_path/f"{i}.png")
+        lines.append(f"{i}.png,{('red_fox', 'bear')[i % 2]},picture number {i}")
+    (tmp_path/"table.csv").write_text("\n".join([*lines, "gone.png,bear,nothing"]))
+    how = dict(image_col="image", label_col="kind", caption_col="text", out=tmp_path/"out", device="cpu")
+    found = evaluate(EvalConfig(model="tiny", random_weights=True, data=str(tmp_path/"table.csv"), tasks="zeroshot,retrieval", **how))
+    assert set(found.task) == {"zero-shot", "retrieval"} and set(found.n) == {12}
+    with pytest.raises(UserError, match="no column 'label'"):
+        evaluate(EvalConfig(model="tiny", random_weights=True, data=str(tmp_path/"table.csv"), **how | dict(label_col="label", overwrite=True)))
 
 
 def test_a_split_folder_uses_its_split(tmp_path):
