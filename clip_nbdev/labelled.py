@@ -202,9 +202,6 @@ def raw_label(
     label = next((fields[k] for k in ("cls", "label", "class", "class_name") if k in fields), None) if isinstance(fields, dict) else None
     return int(label) if isinstance(label, str) and label.isdigit() else label if isinstance(label, (int, str)) and label != "" else None
 
-# %% ../nbs/17b_labelled.ipynb #45329cbc
-#| exports
-
 # %% ../nbs/17b_labelled.ipynb #09b79b32
 def from_bytes(
     sample:dict,  # of a shard
@@ -230,9 +227,6 @@ class LabelledShards:
     def mark(self)->str:
         stats = [(s, None if is_remote(s) else (Path(s).stat().st_size, Path(s).stat().st_mtime_ns)) for s in self.pairs.shards]
         return hashlib.sha256(repr((stats, self.number)).encode()).hexdigest()
-
-# %% ../nbs/17b_labelled.ipynb #21616ff2
-#| exports
 
 # %% ../nbs/17b_labelled.ipynb #c096913c
 def shard_classes(

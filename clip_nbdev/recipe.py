@@ -50,7 +50,7 @@ class RecipeOptions(DataOptions):
     steps:int|None=None                                    # train so many optimiser steps
     epochs:float|None=None                                 # train so many passes over the data
     batch_size:int|None=None                               # pairs a step in each process: a step of four processes has four times as many; default the preset's
-    micro_batch:int|None=None                              # pairs that go through the towers at a time, gradients being those of the whole batch; default all
+    micro_batch:int|None=None                              # pairs that go through the towers at a time: the loss contrasts the whole batch all the same, BatchNorm averages over a part; default all
     lr:float|None=None                                     # peak learning rate; default the preset's
     warmup:int|None=None                                   # steps in which the learning rate rises; default the preset's
     weight_decay:float|None=None                           # decay of weights; gains, biases and the temperature have none; default the preset's

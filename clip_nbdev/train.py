@@ -117,6 +117,7 @@ def build_model(
     if start is not None and c.text_tower != cfg.text_tower: raise UserError(f"the model has a text tower of kind {c.text_tower}: give --text-tower {c.text_tower}")
     if cfg.init and (c.vision_layers, c.patch_size) != (PRESETS[cfg.preset].vision_layers, PRESETS[cfg.preset].patch_size):
         raise UserError(f"--init {cfg.init} is no {cfg.preset}: leave --preset out")
+    if cfg.freeze_bn and model.config.patch_size: raise UserError("--freeze-bn has nothing to freeze: a vision transformer has no BatchNorm")
     if cfg.text_weights == "bfloat16": model.text.to(torch.bfloat16)
     if cfg.grad_checkpointing: checkpoint_blocks(model)
     model.train()

@@ -19,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clip_nbdev import load
 from clip_nbdev import report as report_module
 from clip_nbdev import train as train_module
+from clip_nbdev.clip import create_model
 from clip_nbdev.core import UserError
 from clip_nbdev.glyphs import GlyphPairs
 from clip_nbdev.resume import Stopped
-from clip_nbdev.train import TrainConfig, train
+from clip_nbdev.train import TrainConfig, build_model, train
 
 ACCELERATE = Path(sys.executable).parent/"accelerate"
 
@@ -279,6 +280,9 @@ def test_init_refuses_what_it_would_ignore(tmp_path, small_suite):
     for options, said in ((dict(text_tower="bow"), "give --text-tower transformer"), (dict(preset="tiny-vit"), "is no tiny-vit: leave --preset out")):
         with pytest.raises(UserError, match=said): train(tiny(tmp_path/"second", init=tmp_path/"first", **options))
 
+
+def test_a_vision_transformer_has_no_statistics_to_freeze(tmp_path):
+    with pytest.raises(UserError, match="no BatchNorm"): build_model(tiny(tmp_path, preset="tiny-vit", freeze_bn=True), 600, create_model("tiny-vit", vocab_size=600))
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_frozen_statistics_stay_and_weights_move(tmp_path, small_suite, freeze):
