@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .core import UserError
 from .data import ShardPairs, reason
 
-# %% ../nbs/03b_stream.ipynb #f485eb2a
+# %% ../nbs/03b_stream.ipynb #c1093d54
 def to_rgb(
     img:Image.Image, # any mode
 )->Image.Image:      # RGB
     "Any picture as RGB. Sixteen bits a pixel are scaled to eight: Pillow would cut them off, and nearly all would be white."
     if img.mode.startswith("I"): img = Image.fromarray((np.asarray(img).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    if isinstance(img.info.get("transparency"), bytes): img = img.convert("RGBA") # the same colours, without Pillow's warning
     return img.convert("RGB")
 
 # %% ../nbs/03b_stream.ipynb #d5aa2c4f
