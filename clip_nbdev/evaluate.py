@@ -63,7 +63,7 @@ class EvalConfig(LabelledOptions):
     cache:Path|None=None        # where features and classifiers are kept; default a folder in --out
     seed:int=0                  # of random weights, of splits and of draws
 
-# %% ../nbs/18_evaluate.ipynb #7c89a5b6
+# %% ../nbs/18_evaluate.ipynb #ea085479
 TASKS = ("zeroshot", "probe", "fewshot", "retrieval")
 
 SHOTS = (1,2,4,8,16) # the paper's
@@ -82,6 +82,10 @@ def check_options(
     if cfg.workers < 0: raise UserError("--workers must not be below 0")
     if cfg.shots is not None and (not cfg.shots or min(cfg.shots) < 1): raise UserError("--shots must be numbers above 0")
     for t in cfg.template: check_names(("a",), (t,))
+    for k in ("train_data", "classnames"):
+        if cfg.data.partition(":")[0] == "glyphs" and getattr(cfg, k): raise UserError(f"--{k.replace('_', '-')} has no meaning for glyphs: leave it out")
+    try: torch.empty(0, device=cfg.device or "cpu")
+    except (RuntimeError, AssertionError) as e: raise UserError(f"--device {cfg.device} can't be used here: {reason(e)}") from None
     if cfg.merges and not cfg.random_weights: raise UserError("--merges belongs to --random-weights: a trained model brings its vocabulary")
     held = {p.name for p in cfg.out.iterdir()} if cfg.out.is_dir() else set()
     strange = sorted(name for name in held - OUT_FILES if not name.startswith("."))
@@ -138,7 +142,7 @@ def to_embeddings(
     proj = getattr(model.visual, "proj", None)
     return F.normalize(x if proj is None else x @ proj.detach().float().cpu(), dim=-1)
 
-# %% ../nbs/18_evaluate.ipynb #6308cb06
+# %% ../nbs/18_evaluate.ipynb #a62bed9e
 def kept_features(
     model:CLIP,      # any mode
     part,            # has samples and a mark
@@ -146,7 +150,7 @@ def kept_features(
     tower:str,       # fingerprint of the image tower
 )->Features:
     "`read_part`, or what it gave the last time for the same weights and the same pictures."
-    about = f"1 {tower} {model.config.img_size} {part.mark} {cfg.limit}"
+    about = f"1 {tower} {model.config} {part.mark} {cfg.limit}"
     path = cfg.cache/f"features-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
     try:
         with safe_open(path, "pt") as f: return Features(f.get_tensor("x"), f.get_tensor("labels"), **json.loads(f.metadata()["about"]))
@@ -157,7 +161,7 @@ def kept_features(
     aside.replace(path)
     return found
 
-# %% ../nbs/18_evaluate.ipynb #3018f035
+# %% ../nbs/18_evaluate.ipynb #c5a21f2e
 class Parts:
     "Features of the parts of a data set, each computed when it is first asked for; data that nobody split are halved where a task learns."
     def __init__(self,
@@ -167,7 +171,7 @@ class Parts:
         tower:str,          # fingerprint of the image tower
         learns:bool=False,  # whether a task needs training data
     ):
-        self.data,self.model,self.cfg,self.tower,self.found = data,model,cfg,tower,{}
+        self.data,self.model,self.cfg,self.tower,self.found,self.marks = data,model,cfg,tower,{},{}
         self.whole = "test" if "test" in data.parts else "all" if "all" in data.parts else next(iter(data.parts))
         self.halves = learns and "train" not in data.parts
         if self.halves: data.notes.append(f"nobody split these data: of each class one half (seed {cfg.seed}) is learned from, and every result is of the other half")
@@ -176,7 +180,7 @@ class Parts:
         if part in self.found: return self.found[part]
         source = self.data.parts[part]()
         if isinstance(source, Drawn): found = Features(image_features(self.model, source.images, self.cfg.batch_size), source.labels)
-        else: found = kept_features(self.model, source, self.cfg, self.tower)
+        else: found,self.marks[part] = kept_features(self.model, source, self.cfg, self.tower),source.mark
         if found.broken: self.data.notes.append(f"{found.broken} of {found.broken+len(found.x)} pictures ({part}) can't be used and are left out; the first: {found.why}")
         if found.flat: self.data.notes.append(f"{found.flat} of {len(found.x)} pictures ({part}) are of one colour to the model: where a drawing lies in the transparency, paint it on a background first")
         self.found[part] = found
@@ -193,13 +197,15 @@ class Parts:
         if "val" in self.data.parts: return train, self.features("val")
         return tuple(train.rows(rows) for rows in split_val(train.labels, 0.2, self.cfg.seed))
 
-# %% ../nbs/18_evaluate.ipynb #5d2ce3d9
+# %% ../nbs/18_evaluate.ipynb #7476c19f
 def mean_top1_top5(
     labels, # (N,) class numbers
     scores, # (N, K)
 )->float:   # 0 to 1
     "Kinetics' measure: the mean of the shares of pictures whose class is the best, and among the best five."
-    best = np.argsort(-np.asarray(scores), 1)[:,:5] == np.asarray(labels)[:,None]
+    scores = np.asarray(scores)
+    lots = np.random.default_rng(0).random(scores.shape) # among equals, as in `predict`
+    best = np.lexsort((lots, -scores), 1)[:,:5] == np.asarray(labels)[:,None]
     return float((best[:,0].mean() + best.any(1).mean())/2)
 
 SCORES = METRICS | dict(mean_top1_top5=mean_top1_top5)
@@ -220,6 +226,8 @@ def chance(
     "What guessing gives by the data's metric."
     if data.metric == "map_11_point": return labels.float().mean().item()
     if data.metric == "roc_auc": return 0.5
+    n = len(data.classnames)
+    if data.metric == "mean_top1_top5": return (1 + min(5, n))/(2*n)
     return EvalSet(torch.empty(0), labels, data.classnames, data.templates, data.choices).chance
 
 # %% ../nbs/18_evaluate.ipynb #f815cc9d
@@ -309,28 +317,28 @@ def probes(
     rows += [row(data, "few-shot", f"{k} of each class", float(np.mean(v)), guess, n, float(np.std(v, ddof=1)) if len(v) > 1 else None) for k,v in curve.items()]
     return rows, dict(C=full["C"], sweep=full["curve"], few_shot=curve, n_train=len(both.x), full=full["score"])
 
-# %% ../nbs/18_evaluate.ipynb #138108fe
+# %% ../nbs/18_evaluate.ipynb #0c7090a6
 class Some:
-    "The first pairs of a random order."
+    "The first pairs of a random order, whatever the number of readers."
     def __init__(self, pairs, limit:int): self.pairs,self.limit = pairs,limit
 
     def samples(self, part:int=0, n_parts:int=1, seed=None)->Iterator:
-        return islice(self.pairs.samples(part, n_parts, 0), len(range(part, self.limit, n_parts)))
+        return islice(self.pairs.samples(0, 1, 0), part, self.limit, n_parts)
 
 def open_captions(
     cfg:EvalConfig, # names the data
 ):                  # what `PairStream` reads
     "Pictures with captions that people wrote. Raises UserError where there are none."
-    path,no = Path(cfg.data),UserError(f"{cfg.data} has classes and no captions, so retrieval has nothing to retrieve: leave it out of --tasks, or give pictures with captions (shards, a .csv with --caption-col, a folder with a .txt beside each picture)")
+    path,no = Path(cfg.data),UserError(f"{cfg.data} gives no captions here, so retrieval has nothing to retrieve: leave it out of --tasks, or give pictures with captions (shards, a .csv with --caption-col, a folder with a .txt beside each picture)")
     if path.is_dir() and not any(path.glob("*.tar")) and not any(p.with_suffix(end).is_file() for p in pictures_below(path) for end in (".txt", ".json")): raise no
     if not (path.exists() or ".tar" in cfg.data or is_remote(cfg.data)): raise no
     pairs = open_pairs(cfg.data, cfg.image_col, cfg.caption_col)
     if not any(captions for _,_,captions in islice(pairs.samples(), 100)): raise no
     return pairs if cfg.limit is None else Some(pairs, cfg.limit)
 
-# %% ../nbs/18_evaluate.ipynb #68d99475
+# %% ../nbs/18_evaluate.ipynb #814fa677
 def drawn_scenes(img_size:int, n:int)->list: # batches of (images, lists of captions)
-    "Scenes of the corpus that no training saw in this order, a caption each."
+    "Scenes of the corpus from a seed of their own, a caption each."
     images,captions,_ = GlyphPairs(img_size, scenes=1., seed=4321).scene_pairs(n)
     return [(images[i:i+256], [[c] for c in captions[i:i+256]]) for i in range(0, n, 256)]
 
@@ -413,11 +421,11 @@ def plot_few_shot(
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/18_evaluate.ipynb #48cd014a
+# %% ../nbs/18_evaluate.ipynb #6ab6a3b5
 def plot_sets(
     rows:list[dict], # zero-shot rows of several data sets
 )->plt.Figure:
-    "One bar a data set, chance as a grey line on it."
+    "One bar a data set, chance as a dashed line on it."
     last = {r["data"]:r for r in rows if r["task"] == "zero-shot"}
     fig,ax = plt.subplots(figsize=(6, 0.6 + 0.2*len(last)))
     ax.barh(range(len(last)), [100*r["score"] for r in last.values()], color=PALETTE[0], alpha=0.7)
@@ -526,15 +534,22 @@ def new_model(
     seed_all(cfg.seed)
     return create_model(cfg.model, vocab_size=len(tokenizer)), tokenizer
 
-# %% ../nbs/18_evaluate.ipynb #c4474faa
-def tasks_for(data:LabelledData, tasks:tuple[str, ...], n_sets:int)->tuple[str, ...]:
+# %% ../nbs/18_evaluate.ipynb #ad4b7d93
+def tasks_for(
+    data:LabelledData,     # one of the sets
+    tasks:tuple[str, ...], # that were asked for
+    whole:bool,            # whether the sets are all that the corpus has
+)->tuple[str, ...]:
     "Of the whole suite, only the symbols are probed. Raises UserError for a set that can't be."
-    if n_sets > 1 and data.name != "symbols": return tuple(t for t in tasks if t == "zeroshot")
-    if data.choices is not None and ("probe" in tasks or "fewshot" in tasks):
-        raise UserError(f"{data.name}: each picture chooses among its own captions, which a probe can't: leave probe and fewshot out of --tasks")
+    learn = [t for t in tasks if t in ("probe", "fewshot")]
+    if not learn: return tasks
+    if whole:
+        if data.name == "symbols": data.notes.append("of the corpus only these are probed: --data glyphs:cards asks for another set")
+        return tasks if data.name == "symbols" else tuple(t for t in tasks if t not in learn)
+    if data.choices is not None: raise UserError(f"{data.name}: each picture chooses among its own captions, which a probe can't: leave probe and fewshot out of --tasks")
     return tasks
 
-# %% ../nbs/18_evaluate.ipynb #7c5b99a5
+# %% ../nbs/18_evaluate.ipynb #785baf53
 def evaluate_set(
     data:LabelledData,       # prepared
     model:CLIP,              # on its device
@@ -554,11 +569,11 @@ def evaluate_set(
         more,details = probes(parts, "fewshot" in tasks)
         rows += more
     tables = draw(figures, model, tokenizer, parts, rows, zero, details, alone)
-    about = dict(classes=[list(words_of(c)) for c in data.classnames], templates=list(data.templates), notes=data.notes, **details)
+    about = dict(classes=[list(words_of(c)) for c in data.classnames], templates=list(data.templates), pictures=parts.marks, notes=data.notes, **details)
     if tables: about |= dict(per_class=tables[0].to_dict("records"), confused=tables[1][:50].to_dict("records"))
     return rows, about
 
-# %% ../nbs/18_evaluate.ipynb #89376858
+# %% ../nbs/18_evaluate.ipynb #1e6a39c0
 def run_tasks(
     cfg:EvalConfig,          # resolved
     model:CLIP,              # on its device
@@ -571,7 +586,7 @@ def run_tasks(
     set_style()
     rows,notes,about,figures,tower = [],[],{},{},fingerprint(model.visual)
     for data in progress(sets, desc="data sets"):
-        more,about[data.name] = evaluate_set(data, model, tokenizer, cfg, tasks_for(data, tasks, len(sets)), tower, figures, len(sets) == 1)
+        more,about[data.name] = evaluate_set(data, model, tokenizer, cfg, tasks_for(data, tasks, cfg.data == "glyphs"), tower, figures, len(sets) == 1)
         rows,notes = rows+more,notes+[f"{data.name}: {note}" for note in data.notes]
     if "retrieval" in tasks:
         more,said = retrieval(model, tokenizer, cfg, pairs)
@@ -580,20 +595,18 @@ def run_tasks(
     for note in notes: print(note, file=sys.stderr)
     found = pd.DataFrame(rows)
     options = {k:str(v) if isinstance(v, Path) else v for k,v in asdict(cfg).items()}
-    head = dict(commit=commit(), hardware=hardware(), torch=torch.__version__, model=asdict(model.config), weights=tower, options=options, notes=notes)
+    head = dict(commit=commit(), hardware=hardware(), torch=torch.__version__, model=asdict(model.config), weights=fingerprint(model), options=options, notes=notes)
     write_results(cfg, found, head | dict(sets=about), figures)
     return found
 
-# %% ../nbs/18_evaluate.ipynb #3baa6910
+# %% ../nbs/18_evaluate.ipynb #5bde1950
 def resolved(cfg:EvalConfig)->EvalConfig:
     "Settle what was left open, and make the folders. Raises UserError."
     cfg = EvalConfig(**{f:getattr(cfg, f) for f in cfg.__dataclass_fields__})
     cfg.out,cfg.device = Path(cfg.out),cfg.device or str(default_device())
     cfg.cache = Path(cfg.cache or cfg.out/"cache")
     try:
-        torch.empty(0, device=cfg.device)
         for folder in (cfg.out, cfg.cache): folder.mkdir(parents=True, exist_ok=True)
-    except (RuntimeError, AssertionError) as e: raise UserError(f"--device {cfg.device} can't be used here: {reason(e)}") from None
     except OSError as e: raise UserError(f"{folder} can't be made ({reason(e)}): choose another --out or --cache") from None
     if cfg.threads: torch.set_num_threads(cfg.threads)
     return cfg

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'SPLITS', 'FLAG', 'TWO', 'THREE', 'AS_TEST', 'CONSTRUCTORS', 'VIDEOS', 'VOC', 'WORDS', 'TARGETS',
            'Numbered', 'LabelledFiles', 'LabelledData', 'LabelStream', 'visible', 'pictures_below', 'class_folders',
-           'read_classnames', 'rename', 'LabelledOptions', 'open_folder', 'open_table', 'raw_label', 'from_bytes',
-           'LabelledShards', 'shard_classes', 'open_shards', 'voc_labels', 'kitti_distance', 'clevr_count',
-           'LabelledSet', 'constructor', 'make_set', 'set_names', 'open_set', 'Drawn', 'open_glyphs', 'open_data',
-           'prepared', 'with_training']
+           'strays', 'read_classnames', 'rename', 'LabelledOptions', 'open_folder', 'open_table', 'raw_label',
+           'from_bytes', 'LabelledShards', 'shard_classes', 'open_shards', 'voc_labels', 'kitti_distance',
+           'clevr_count', 'LabelledSet', 'constructor', 'make_set', 'set_names', 'open_set', 'Drawn', 'open_glyphs',
+           'open_data', 'prepared', 'with_training']
 
 # %% ../nbs/17b_labelled.ipynb #2a580ac5
 import hashlib
@@ -95,7 +95,7 @@ class LabelStream(IterableDataset):
             except UserError: raise
             except Exception as e: yield name, None, None, reason(e) if name[1] in reason(e) else f"{name[1]}: {reason(e)}"
 
-# %% ../nbs/17b_labelled.ipynb #acc48b36
+# %% ../nbs/17b_labelled.ipynb #286bbd61
 ENDINGS = (*IMAGE_ENDINGS, ".tif", ".tiff", ".ppm")
 
 SPLITS = {name:part for part,names in dict(train=("train", "training"), val=("val", "valid", "validation", "dev"), test=("test", "testing")).items() for name in names}
@@ -112,13 +112,23 @@ def pictures_below(folder:Path)->list[Path]: # sorted
 def class_folders(
     folder:Path, # to look through
 )->dict[str, dict[str, list[Path]]]: # part -> folder's name -> pictures
-    "FOLDER/<class>/…, or FOLDER/{train,val,test}/<class>/…; without a test part, what is called validation is tested."
+    "FOLDER/<class>/…, or FOLDER/{train,val,test}/<class>/…; without a test part, what is called validation is tested. Raises UserError for half a split."
     dirs = [d for d in visible(folder) if d.is_dir()]
-    split = {SPLITS[d.name.lower()]:d for d in dirs if d.name.lower() in SPLITS}
-    if not split or len(split) < len(dirs) or not all(any(s.is_dir() for s in visible(d)) for d in dirs): split = dict(all=folder)
+    halves = [d for d in dirs if d.name.lower() in SPLITS and any(s.is_dir() for s in visible(d))]
+    split = {SPLITS[d.name.lower()]:d for d in halves}
+    if len(halves) > 1 and len(split) < len(dirs):
+        raise UserError(f"{folder}: {', '.join(d.name for d in halves)} look like a split, but other folders stand beside them, or two name one part: move those away, or give one part as --data")
+    if not split or len(split) < len(dirs): split = dict(all=folder)
     if "val" in split and "test" not in split: split["test"] = split.pop("val")
     if len(split) == 1: split = dict(all=next(iter(split.values())))
     return {part:{d.name:pictures_below(d) for d in visible(where) if d.is_dir()} for part,where in split.items()}
+
+def strays(
+    folder:Path, # with class folders, perhaps in parts
+)->int:
+    "How many pictures lie beside class folders, or beside parts."
+    beside = [folder, *(d for d in visible(folder) if d.is_dir() and d.name.lower() in SPLITS and any(s.is_dir() for s in visible(d)))]
+    return sum(p.suffix.lower() in ENDINGS and p.is_file() for where in beside for p in visible(where))
 
 # %% ../nbs/17b_labelled.ipynb #c52300c2
 def read_classnames(
@@ -140,7 +150,7 @@ def rename(
     if len(given) != len(found): raise UserError(f"--classnames {classnames} has {len(given)} names, and the data {len(found)} classes ({', '.join(found[:3])}, …)")
     return given
 
-# %% ../nbs/17b_labelled.ipynb #cf8dc7e6
+# %% ../nbs/17b_labelled.ipynb #01f98825
 @dataclass
 class LabelledOptions:
     "What is evaluated, on what."
@@ -150,7 +160,7 @@ class LabelledOptions:
     train_data:str|None=None    # where a probe learns, in the form of --data; default: the data's own training part, or else half of the data
     template:Annotated[tuple[str, ...], tyro.conf.UseAppendAction]=() # a sentence with the slot {}; may be given several times; default: the authors' templates for the data set, else "a photo of a {}."
     prompts:str|None=None       # take templates and metric from one of the paper's data sets, for your own copy of it (RESISC45)
-    classnames:Path|None=None   # a file with a class name a line, several words for one class parted by |, in the order of the labels (of folders: in alphabetical order)
+    classnames:Path|None=None   # a file with a class name a line, several words for one class parted by |, in the order of the labels (of folders: as Python sorts them, capitals first)
     prefix:str=""               # what is put before each caption in retrieval; in the paper "a photo of "
     root:Path|None=None         # where torchvision's data sets lie; default $CLIP_NBDEV_DATA, else ./data
     download:bool=False         # let torchvision fetch a data set that is not there
@@ -158,7 +168,7 @@ class LabelledOptions:
     label_col:str="label"       # column of the class names in a table
     caption_col:str="caption"   # column of the captions in a table, for retrieval
 
-# %% ../nbs/17b_labelled.ipynb #223a819c
+# %% ../nbs/17b_labelled.ipynb #44cd30c4
 def open_folder(
     cfg:LabelledOptions, # with names for the classes, perhaps
     folder:Path,     # that exists
@@ -168,17 +178,19 @@ def open_folder(
     names = sorted({name for part in found.values() for name in part})
     classnames = rename(names, cfg.classnames)
     empty = [name for name in names if not any(part.get(name) for part in found.values())]
-    stray = sum(p.suffix.lower() in ENDINGS and p.is_file() for p in visible(folder))
+    stray = strays(folder)
     if len(empty) == len(names): raise UserError(f"no class folders with pictures in {folder}: one folder a class is needed, FOLDER/<class>/… or FOLDER/{{train,test}}/<class>/… ({stray} pictures lie in the folder itself)")
     if empty: notes.append(f"class folders without a picture are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
     if stray: notes.append(f"{stray} pictures lie beside the class folders, have no class and are left out")
     kept = [name for name in names if name not in empty]
     number = {name:i for i,name in enumerate(kept)}
     items = {part:[(p, number[name]) for name in kept for p in by_class.get(name, ())] for part,by_class in found.items()}
-    parts = {part:partial(LabelledFiles, rows) for part,rows in items.items() if rows}
+    for part,rows in items.items():
+        if not rows: raise UserError(f"{folder}: the part {part!r} has class folders and not one picture (known endings: {', '.join(ENDINGS)})")
+    parts = {part:partial(LabelledFiles, rows) for part,rows in items.items()}
     return LabelledData(folder.name or str(folder), parts, tuple(classnames[names.index(name)] for name in kept), (), notes=notes)
 
-# %% ../nbs/17b_labelled.ipynb #471de697
+# %% ../nbs/17b_labelled.ipynb #84c0e951
 def open_table(
     cfg:LabelledOptions, # names the columns
     path:Path,       # .csv or .tsv
@@ -187,8 +199,15 @@ def open_table(
     found = read_table(path, cfg.image_col, cfg.label_col)
     rows = [(path.parent/img, labels[0]) for img,labels in found.items() if labels]
     names = sorted({label for _,label in rows})
+    if all(name.isdigit() for name in names):
+        if cfg.classnames is None: raise UserError(f"the labels in {path} are numbers: give the names of the classes by --classnames FILE, one a line, from number 0 on")
+        given = read_classnames(cfg.classnames)
+        if max(map(int, names)) >= len(given): raise UserError(f"{path} has a label {max(map(int, names))}, and --classnames {cfg.classnames} {len(given)} names, for 0 to {len(given)-1}")
+        return LabelledData(path.stem, dict(all=partial(LabelledFiles, [(p, int(label)) for p,label in rows])), given, ())
     number = {name:i for i,name in enumerate(names)}
     notes = [f"{len(found)-len(rows)} pictures without a label are left out"] if len(rows) < len(found) else []
+    twice = sum(len(set(labels)) > 1 for labels in found.values())
+    if twice: raise UserError(f"{path}: {twice} pictures have two labels: give each picture one")
     return LabelledData(path.stem, dict(all=partial(LabelledFiles, [(p, number[label]) for p,label in rows])), rename(names, cfg.classnames), (), notes=notes)
 
 def raw_label(
@@ -202,7 +221,7 @@ def raw_label(
     label = next((fields[k] for k in ("cls", "label", "class", "class_name") if k in fields), None) if isinstance(fields, dict) else None
     return int(label) if isinstance(label, str) and label.isdigit() else label if isinstance(label, (int, str)) and label != "" else None
 
-# %% ../nbs/17b_labelled.ipynb #09b79b32
+# %% ../nbs/17b_labelled.ipynb #7306c9d8
 def from_bytes(
     sample:dict,  # of a shard
     number:dict,  # label -> class number
@@ -218,9 +237,9 @@ class LabelledShards:
 
     def samples(self, part:int=0, n_parts:int=1, limit:int|None=None)->Iterator:
         "A share of the samples, as `Numbered` gives them."
-        n = None if limit is None else len(range(part, limit, n_parts))
-        found = (sample for piece in self.pairs.share(self.pairs.shards, part, n_parts) for sample in read_piece(*piece))
-        for sample in islice(found, n):
+        own = (part, n_parts) if limit is None else (0, 1) # the first ones are the same whatever the number of readers: each reads them all, and decodes its share
+        found = (sample for piece in self.pairs.share(self.pairs.shards, *own) for sample in read_piece(*piece))
+        for sample in found if limit is None else islice(found, part, limit, n_parts):
             yield (0, f"{sample['__url__']}:{sample['__key__']}"), partial(from_bytes, sample, self.number)
 
     @property
@@ -322,7 +341,7 @@ def constructor(
     if found in VIDEOS: raise UserError(f"{found} is a set of videos: save the middle frame of each, as the paper did, into one folder a class, and give that folder")
     return there[found]
 
-# %% ../nbs/17b_labelled.ipynb #ca1eb111
+# %% ../nbs/17b_labelled.ipynb #76fa6e1d
 def make_set(
     make:type,        # class of torchvision
     kwargs:dict,      # of the part
@@ -332,6 +351,7 @@ def make_set(
     takes,root = inspect.signature(make.__init__).parameters,cfg.root or data_dir() or Path("data")
     more = (dict(root=str(root)) if "root" in takes else {}) | (dict(download=cfg.download) if "download" in takes else {})
     try: data = make(**more, **kwargs)
+    except TypeError as e: raise UserError(f"{make.__name__} takes more than a folder ({reason(e)}): give its pictures as a folder, a table or shards") from None
     except (RuntimeError, OSError, ImportError, ValueError) as e:
         way = "--download fetches it, --root says where it lies" if "download" in takes else "--root says where it lies"
         raise UserError(f"{make.__name__} can't be read from {root} ({reason(e).split('. ')[0]}): {way}") from None
@@ -352,7 +372,7 @@ def set_names(
     if not own: raise UserError(f"{name} brings no class names: give them by --classnames FILE, one a line, in the order of its labels")
     return tuple(" ".join(c.replace("_", " ").replace("/", " ").split()) for c in own)
 
-# %% ../nbs/17b_labelled.ipynb #fdbc35e8
+# %% ../nbs/17b_labelled.ipynb #4b5c5bae
 def open_set(
     cfg:LabelledOptions, # names the data set
     name:str,        # as somebody typed it
@@ -368,7 +388,7 @@ def open_set(
     except UserError: # clip-benchmark is missing
         if not cfg.template or not (own or cfg.classnames or name in WORDS): raise
     parts = {part:partial(make_set, make, kwargs, cfg) for part,kwargs in how.items()}
-    notes = [f"{name}'s test labels are not public: its validation part is tested"] if how is AS_TEST else []
+    notes = [f"{name} has no test part with public labels: its validation part is tested"] if how is AS_TEST else []
     return LabelledData(name, parts, set_names(name, own, given, cfg), tuple(templates), paper.metric if paper else "accuracy", notes=notes)
 
 # %% ../nbs/17b_labelled.ipynb #7a56b1b2
@@ -426,13 +446,14 @@ def prepared(
     if len(data.classnames) < 2: raise UserError(f"{data.name} has one class, {data.classnames[0]!r}, and every answer would be right: give one folder (or label) for each of at least two")
     return data
 
-# %% ../nbs/17b_labelled.ipynb #0b9056cf
+# %% ../nbs/17b_labelled.ipynb #ec923138
 def with_training(
     data:LabelledData,   # to be tested
     cfg:LabelledOptions, # may name training data
 )->LabelledData:
     "Take --train-data for the training part. Raises UserError where its classes are others."
     if cfg.train_data is None: return data
+    if cfg.train_data.partition(":")[0] == "glyphs": raise UserError("--train-data glyphs: the corpus draws its own training pictures, for --data glyphs:NAME")
     other = open_data(cfg, cfg.train_data)
     if other.classnames != data.classnames:
         odd = sorted({str(c) for c in data.classnames} ^ {str(c) for c in other.classnames})
