@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'C_GRID', 'tower_features', 'image_features', 'as_array', 
            'search_grid', 'linear_probe', 'split_val', 'few_shot', 'shots_equal', 'SupervisedResNet', 'supervised_step',
            'train_supervised']
 
-# %% ../nbs/16_probe.ipynb #c6e4f067
+# %% ../nbs/16_probe.ipynb #f80fb3f4
 import copy
 import warnings
 
@@ -27,30 +27,33 @@ from .glyphs import GlyphPairs
 from .recipe import RECIPES, lr_at, parameter_groups
 from .resnet import ModifiedResNet
 from .vit import VisionTransformer
+from .zeroshot import first_weight
 
-# %% ../nbs/16_probe.ipynb #831d998f
+# %% ../nbs/16_probe.ipynb #554b4fb3
 def tower_features(
     tower:nn.Module, # image tower
     images:Tensor,   # (B, 3, H, W) normalised
 )->Tensor:           # (B, D)
-    "What is probed: of a ViT the class token behind its last LayerNorm, before the projection; of a ResNet what the attention pool gives (appendix A.3)."
-    if not isinstance(tower, VisionTransformer): return tower(images)
+    "What is probed: of a ViT the class token behind its last LayerNorm, before the projection; of a ResNet what the attention pool gives (appendix A.3). Raises UserError for other towers with a projection."
+    if not isinstance(tower, VisionTransformer):
+        if getattr(tower, "proj", None) is not None: raise UserError(f"a {type(tower).__name__} of another package ends in a projection: set its proj to None, and what is left are the features")
+        return tower(images)
     at_class = torch.zeros(len(images), dtype=torch.long, device=images.device)
     return tower.ln_post(tower.transformer(tower.tokens(images), at=at_class))
 
-# %% ../nbs/16_probe.ipynb #fd39538c
+# %% ../nbs/16_probe.ipynb #386faecb
 def image_features(
     model:nn.Module,    # with an image tower `visual`, or an image tower itself
     images:Tensor,      # (N, 3, H, W) uint8, or float 0 to 1
     batch_size:int=256, # pictures at a time
 )->Tensor:              # (N, D) float32 on the CPU, not of length 1
     "Features for a probe, in evaluation mode."
-    device,tower = next(model.parameters()).device,getattr(model, "visual", model)
+    weight,tower = first_weight(model),getattr(model, "visual", model)
     with evaluating(model):
         parts = progress(images.split(batch_size), desc="features")
-        return torch.cat([tower_features(tower, normalize(part.to(device))).float().cpu() for part in parts])
+        return torch.cat([tower_features(tower, normalize(part.to(weight.device)).to(weight.dtype)).float().cpu() for part in parts])
 
-# %% ../nbs/16_probe.ipynb #5d39ca51
+# %% ../nbs/16_probe.ipynb #cb0178be
 def as_array(
     v, # a tensor on any device, or what NumPy takes
 )->np.ndarray:
@@ -69,7 +72,9 @@ def check_probe(
     if x.ndim != 2: raise UserError(f"features must be (N, D), and these are {x.shape}")
     if len(x) != len(y): raise UserError(f"{len(x)} features and {len(y)} labels: they must be of the same pictures")
     if not np.isfinite(x).all(): raise UserError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} rows of features hold NaN or infinity: look at the model, or at the pictures")
-    if y.dtype.kind not in "iub" or y.ndim > 2 or (y < 0).any(): raise UserError("labels must be whole numbers from 0, one a picture, or a table of zeros and ones")
+    if y.dtype.kind == "b": y = y.astype(int)
+    if y.dtype.kind not in "iu" or y.ndim > 2 or (y < 0).any(): raise UserError("labels must be whole numbers from 0, one a picture, or a table of zeros and ones")
+    if y.ndim == 2 and (y.shape[1] < 2 or y.max() > 1): raise UserError(f"a table of labels has zeros and ones, a column for each of at least two classes, and this one is {y.shape} up to {y.max()}: class numbers go into one dimension")
     return x, y
 
 # %% ../nbs/16_probe.ipynb #1f0a76e0
@@ -212,7 +217,7 @@ def search_grid(
     while (step := step//2): top = best([top-step, top+step])
     return top, found
 
-# %% ../nbs/16_probe.ipynb #2f032abb
+# %% ../nbs/16_probe.ipynb #32ff0800
 def linear_probe(
     train,              # features (N, D) and labels, from which each C of the sweep is fitted
     val,                # on which C is chosen
@@ -223,6 +228,7 @@ def linear_probe(
 )->dict:                # score on test; C; curve: C -> score on val
     "The paper's protocol: sweep C, refit with training and validation data together, report the test data (appendix A.3). Raises UserError."
     parts = [check_probe(*part) for part in (train, val, test)]
+    if parts[2][1].ndim == 2 and metric in (accuracy, mean_per_class): raise UserError("pictures of several classes have no accuracy: give another metric, map_11_point or roc_auc")
     n_classes = max(y.max()+1 for _,y in parts)
     def fitted(x, y, C, test):
         clf = fit_logistic(x, y, C, max_iter, device)
@@ -235,7 +241,7 @@ def linear_probe(
     C,both = float(C_GRID[top]),(np.concatenate(v) for v in zip(*parts[:2]))
     return dict(score=fitted(*both, C, parts[2]), C=C, curve={float(C_GRID[i]):curve[i] for i in sorted(curve)})
 
-# %% ../nbs/16_probe.ipynb #dfc3fd6e
+# %% ../nbs/16_probe.ipynb #a8ad7c2a
 def split_val(
     labels,           # (N,) class numbers, or (N, K) zeros and ones
     share:float=0.2,  # of each class that is put aside
@@ -247,6 +253,7 @@ def split_val(
     groups = [np.arange(len(labels))] if labels.ndim == 2 else [np.flatnonzero(labels == k) for k in np.unique(labels)]
     aside = [rng.permutation(g)[:min(len(g)-1, max(1, round(share*len(g))))] for g in groups]
     val = np.sort(np.concatenate(aside))
+    if not len(val): raise UserError("every class has one picture alone, so none can be put aside for validation")
     return torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val)), torch.from_numpy(val)
 
 # %% ../nbs/16_probe.ipynb #68ce8c55

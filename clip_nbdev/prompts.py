@@ -22,27 +22,28 @@ from .core import UserError, progress
 from .glyphs import EvalSet
 from .zeroshot import check_names, embed_images, only, zeroshot_classifier, zeroshot_logits
 
-# %% ../nbs/15_prompts.ipynb #fa529429
+# %% ../nbs/15_prompts.ipynb #cd268012
 def with_prompts(
     data:EvalSet,         # pictures, labels, class names and templates
     templates,            # T sentences, each with one slot {}
     classnames=None,      # K other names, in the same order; None keeps them
 )->EvalSet:
     "The same pictures, asked in other words. Raises UserError on bad names or templates."
+    check_names(data.classnames if classnames is None else classnames, templates)
     names = data.classnames if classnames is None else tuple(classnames)
-    check_names(names, templates)
     if len(names) != len(data.classnames): raise UserError(f"{len(names)} class names for {len(data.classnames)} classes")
     return replace(data, templates=tuple(templates), classnames=names)
 
-# %% ../nbs/15_prompts.ipynb #80384a9d
+# %% ../nbs/15_prompts.ipynb #1789aa67
 def ensemble_probabilities(
-    model:nn.Module,      # has encode_image and encode_text
+    model:nn.Module,      # has encode_image, encode_text and scale
     tokenizer,            # texts -> (B, L) ids
     data:EvalSet,         # pictures, class names and T templates
     scale=None,           # what cosines are multiplied by; None for the model's own
     batch_size:int=256,   # pictures at a time
 )->Tensor:                # (N, K) rows that sum to 1
-    "The mean over templates of the probabilities that each gives by itself: T products where the mean of embeddings needs one."
+    "The mean over templates of the probabilities that each gives by itself: T products where the mean of embeddings needs one. Raises UserError on bad names or templates."
+    check_names(data.classnames, data.templates)
     img_emb = embed_images(model, data.images, batch_size)
     with torch.no_grad():
         scale,total = model.scale if scale is None else scale,0.
@@ -117,14 +118,14 @@ def paper_set(
     "A row of PAPER_SETS by any of its names."
     return next((s for s in PAPER_SETS.values() if name.lower() in {str(n).lower() for n in (s.name, s.torchvision, s.benchmark) if n}), None)
 
-# %% ../nbs/15_prompts.ipynb #88d39f26
+# %% ../nbs/15_prompts.ipynb #1142100c
 def dataset_prompts(
     name:str, # as for `paper_set`, or another key of clip-benchmark
 )->tuple[tuple|None, tuple]: # class names in the order of torchvision's labels, None where the data set's own serve; templates with the slot {}
     "Class names and templates of a data set, as the paper's authors published them. Raises UserError for a name without prompts, and where clip-benchmark is needed and missing."
     s = paper_set(name)
     label,key = (s.name, s.benchmark) if s else (None, name.lower())
-    whole = label in OWN_TEMPLATES and (label in OWN_NAMES or key is None)
+    whole = label in OWN_TEMPLATES and label != "PCam" # PatchCamelyon's class names are clip-benchmark's
     all_names,all_templates = ({}, {}) if whole else benchmark_files()
     templates,names = (own.get(label) or others.get(key) for own,others in ((OWN_TEMPLATES, all_templates), (OWN_NAMES, all_names)))
     if templates is None:
