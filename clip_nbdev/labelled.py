@@ -95,7 +95,7 @@ class LabelStream(IterableDataset):
             except UserError: raise
             except Exception as e: yield name, None, None, reason(e) if name[1] in reason(e) else f"{name[1]}: {reason(e)}"
 
-# %% ../nbs/17b_labelled.ipynb #286bbd61
+# %% ../nbs/17b_labelled.ipynb #5e0e3cc2
 ENDINGS = (*IMAGE_ENDINGS, ".tif", ".tiff", ".ppm")
 
 SPLITS = {name:part for part,names in dict(train=("train", "training"), val=("val", "valid", "validation", "dev"), test=("test", "testing")).items() for name in names}
@@ -114,10 +114,10 @@ def class_folders(
 )->dict[str, dict[str, list[Path]]]: # part -> folder's name -> pictures
     "FOLDER/<class>/…, or FOLDER/{train,val,test}/<class>/…; without a test part, what is called validation is tested. Raises UserError for half a split."
     dirs = [d for d in visible(folder) if d.is_dir()]
-    halves = [d for d in dirs if d.name.lower() in SPLITS and any(s.is_dir() for s in visible(d))]
-    split = {SPLITS[d.name.lower()]:d for d in halves}
-    if len(halves) > 1 and len(split) < len(dirs):
-        raise UserError(f"{folder}: {', '.join(d.name for d in halves)} look like a split, but other folders stand beside them, or two name one part: move those away, or give one part as --data")
+    named = [d for d in dirs if d.name.lower() in SPLITS]
+    split = {SPLITS[d.name.lower()]:d for d in named if any(s.is_dir() for s in visible(d))}
+    if split and len(named) > 1 and len(split) < len(dirs):
+        raise UserError(f"{folder}: {', '.join(d.name for d in named)} look like a split, but other folders stand beside them, two name one part, or one has no class folders: mend that, or give one part as --data")
     if not split or len(split) < len(dirs): split = dict(all=folder)
     if "val" in split and "test" not in split: split["test"] = split.pop("val")
     if len(split) == 1: split = dict(all=next(iter(split.values())))
