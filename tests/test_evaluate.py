@@ -134,7 +134,7 @@ def test_a_split_folder_uses_its_split(tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (("--tasks", "retrieval"), "has classes and no captions"),
+    (("--tasks", "retrieval"), "gives no captions here"),
     (("--tasks", "guess"), "no task 'guess'"),
     (("--template", "a photo"), "has no slot"),
     (("--shots", "16", "--tasks", "fewshot"), "fewer than 16 shots"),
