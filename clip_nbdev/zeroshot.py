@@ -224,7 +224,7 @@ def zeroshot_accuracy(
     predicted = predict(zeroshot_logits(embed_images(model, data.images), weights), data.choices)
     return (predicted == data.labels.cpu()).float().mean().item()
 
-# %% ../nbs/14_zeroshot.ipynb #fd9f8da7
+# %% ../nbs/14_zeroshot.ipynb #90d7a80c
 def plot_predictions(
     model:nn.Module,  # has encode_image, encode_text and scale
     tokenizer,        # texts -> (B, L) ids
@@ -235,11 +235,12 @@ def plot_predictions(
     "Pictures with their most likely classes, as in the paper's figure 21: green where the class is right."
     weights = zeroshot_classifier(model, tokenizer, data.classnames, data.templates)
     with torch.no_grad(): logits = zeroshot_logits(embed_images(model, data.images[rows]), weights, model.scale)
-    probs = only(logits, data.choices if data.choices is None else data.choices[rows]).softmax(1).cpu()
+    logits = only(logits, data.choices if data.choices is None else data.choices[rows]).cpu()
+    offered = (logits > -torch.inf).sum(1).tolist()
     fig,axes = plt.subplots(len(rows), 2, figsize=(7, 1.15*len(rows)), gridspec_kw=dict(width_ratios=(1,4)), squeeze=False)
-    for (left,right),row,p in zip(axes, rows, probs):
+    for (left,right),row,p,n in zip(axes, rows, logits.softmax(1), offered):
         left.imshow(data.images[row].permute(1,2,0).float().numpy()); left.axis("off")
-        best = p.topk(min(top, int((p > 0).sum())))
+        best = p.topk(min(top, n))
         colours = [PALETTE[2] if i == data.labels[row] else PALETTE[0] for i in best.indices]
         right.barh(range(len(best.values)), best.values.tolist(), color=colours, alpha=0.6)
         for y,(i,v) in enumerate(zip(best.indices, best.values)): right.text(0.01, y, f"{data.classnames[i]}  {v:.0%}", va="center", fontsize=8)
