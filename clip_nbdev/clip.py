@@ -40,6 +40,7 @@ class CLIPConfig:
     vocab_size:int=49408                # number of tokens
     text_tower:str="transformer"        # "transformer", or "bow": a bag of words
     quick_gelu:bool=True                # QuickGELU, as all released models have it; False for GELU
+    vision_mlp_width:int|None=None      # between the two maps of a ViT's MLPs; None is four times vision_width, as in the paper
     logit_bias:float|None=None          # where the bias of the sigmoid loss starts; None for the softmax loss, which has none
 
     def __post_init__(self):
@@ -59,7 +60,7 @@ def towers(
     "What a configuration describes. Raises UserError for sizes that a tower refuses."
     c,act = config,QuickGELU if config.quick_gelu else nn.GELU
     try:
-        if c.patch_size: visual = VisionTransformer(c.embed_dim, c.img_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads, act)
+        if c.patch_size: visual = VisionTransformer(c.embed_dim, c.img_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads, act, c.vision_mlp_width)
         else: visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.img_size, c.vision_width, c.vision_heads)
         if c.text_tower == "bow": text = BagOfWords(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, act)
         else: text = TextTransformer(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, c.text_heads, c.text_layers, act)

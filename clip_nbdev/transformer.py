@@ -79,13 +79,15 @@ class ResidualAttentionBlock(nn.Module):
         n_heads:int,         # must divide width
         causal:bool=False,   # mask the future, as the text tower does
         act:type=QuickGELU,  # activation of the MLP
+        mlp_width:int|None=None, # between the MLP's two maps; None is the paper's four times width
     ):
         super().__init__()
         self.causal = causal
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, n_heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4*width), gelu=act(), c_proj=nn.Linear(4*width, width)))
+        hidden = 4*width if mlp_width is None else mlp_width
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, hidden), gelu=act(), c_proj=nn.Linear(hidden, width)))
 
     def forward(self,
         x:Tensor,            # (B, L, D)
@@ -105,10 +107,11 @@ class Transformer(nn.Module):
         causal:bool=False,       # mask the future
         act:type=QuickGELU,      # activation of the MLPs
         scaled_init:bool=True,   # False leaves PyTorch's own initial values, as the released image tower does
+        mlp_width:int|None=None, # of the blocks' MLPs; None is four times width
     ):
         super().__init__()
         if n_layers < 1: raise ValueError(f"n_layers {n_layers} must be at least 1")
-        self.resblocks = nn.ModuleList([ResidualAttentionBlock(width, n_heads, causal, act) for _ in range(n_layers)])
+        self.resblocks = nn.ModuleList([ResidualAttentionBlock(width, n_heads, causal, act, mlp_width) for _ in range(n_layers)])
         for block in self.resblocks:
             nn.init.zeros_(block.attn.out_proj.bias)
             if not scaled_init:

@@ -22,6 +22,7 @@ class VisionTransformer(nn.Module):
         n_layers:int=12,    # number of blocks
         n_heads:int=12,     # must divide width
         act:type=QuickGELU, # activation of the MLPs
+        mlp_width:int|None=None, # between the two maps of each MLP; None is four times width
     ):
         super().__init__()
         if img_size < patch_size or img_size % patch_size: raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
@@ -30,7 +31,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn((img_size//patch_size)**2+1, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, n_layers, n_heads, act=act, scaled_init=False)
+        self.transformer = Transformer(width, n_layers, n_heads, act=act, scaled_init=False, mlp_width=mlp_width)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
 
