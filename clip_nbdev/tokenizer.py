@@ -167,13 +167,14 @@ def rust_tokenizer(
 N_OPENAI_MERGES = 49152 - 256 - 2
 
 def read_openai_merges(
-    path:str|Path, # bpe_simple_vocab_16e6.txt.gz
+    path:str|Path, # bpe_simple_vocab_16e6.txt.gz, or the merges.txt of transformers, which has the same lines
 )->list[tuple[str, str]]: # 48,894 merges
     "The merges of the released models. Raises UserError for a file that is missing or is something else."
     path,what = Path(path),"clip/bpe_simple_vocab_16e6.txt.gz of openai/CLIP"
     if not path.is_file(): raise UserError(f"no merges file {path}: it is {what}")
-    try: lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1:N_OPENAI_MERGES+1]
-    except (OSError, EOFError, UnicodeDecodeError): raise UserError(f"{path} is not gzipped text: expected {what}") from None
+    raw = path.read_bytes()
+    try: lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" or path.suffix == ".gz" else raw).decode("utf-8").split("\n")[1:N_OPENAI_MERGES+1]
+    except (OSError, EOFError, UnicodeDecodeError): raise UserError(f"{path} is not text, gzipped or plain: expected {what}") from None
     merges = [tuple(line.split()) for line in lines]
     if len(merges) < N_OPENAI_MERGES or any(len(m) != 2 for m in merges): raise UserError(f"{path} has not {N_OPENAI_MERGES} merges: expected {what}")
     return merges
