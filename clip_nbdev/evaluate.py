@@ -45,14 +45,16 @@ from .stream import PairStream, one_line, pair_loader, said_once
 from .tokenizer import BPETokenizer
 from .zeroshot import check_names, fingerprint, plot_predictions, predict, words_of, zeroshot_classifier, zeroshot_logits
 
-# %% ../nbs/18_evaluate.ipynb #6ca00cfb
+# %% ../nbs/18_evaluate.ipynb #d2d2713c
 @dataclass
 class EvalConfig(LabelledOptions):
     "Evaluate a model on pictures: zero-shot, by probes, by retrieval. Start it by: python -m clip_nbdev.evaluate"
     out:Path=Path("runs/evaluation") # folder to write: results.csv, results.json, report.md, figures
     overwrite:bool=False        # replace results that are already there; the cache stays
+    weights:str|None=None       # of the model that --model names (ViT-B/32): a file, a folder, hf-hub:owner/name, or openai to download the released ones
+    quick_gelu:bool|None=None   # the activation, where neither a name nor a configuration tells it
     random_weights:bool=False   # take --model as the name of a preset: a baseline, or a try of the full size
-    merges:str|None=None        # CLIP's released merges for --random-weights; default: a vocabulary learned from the class names
+    merges:str|None=None        # CLIP's released merges, for --weights and --random-weights; default for weights: beside them, $CLIP_NBDEV_MERGES, an installed open_clip; for random ones: a vocabulary learned from the class names
     limit:int|None=None         # look at so many pictures a part, drawn at random, and no more
     shots:tuple[int, ...]|None=None # examples of each class for few-shot; default 1 2 4 8 16, as far as the rarest class has so many
     draws:int=3                 # how many times they are drawn
@@ -63,7 +65,7 @@ class EvalConfig(LabelledOptions):
     cache:Path|None=None        # where features and classifiers are kept; default a folder in --out
     seed:int=0                  # of random weights, of splits and of draws
 
-# %% ../nbs/18_evaluate.ipynb #ea085479
+# %% ../nbs/18_evaluate.ipynb #4fe62931
 TASKS = ("zeroshot", "probe", "fewshot", "retrieval")
 
 SHOTS = (1,2,4,8,16) # the paper's
@@ -86,7 +88,7 @@ def check_options(
         if cfg.data.partition(":")[0] == "glyphs" and getattr(cfg, k): raise UserError(f"--{k.replace('_', '-')} has no meaning for glyphs: leave it out")
     try: torch.empty(0, device=cfg.device or "cpu")
     except (RuntimeError, AssertionError) as e: raise UserError(f"--device {cfg.device} can't be used here: {reason(e)}") from None
-    if cfg.merges and not cfg.random_weights: raise UserError("--merges belongs to --random-weights: a trained model brings its vocabulary")
+    if cfg.random_weights and (cfg.weights or cfg.quick_gelu is not None): raise UserError("--random-weights and --weights (or --quick-gelu) exclude each other: a model has one or the other")
     held = {p.name for p in cfg.out.iterdir()} if cfg.out.is_dir() else set()
     strange = sorted(name for name in held - OUT_FILES if not name.startswith("."))
     if cfg.out.exists() and (strange or not cfg.out.is_dir()): raise UserError(f"--out {cfg.out} {f'holds files of something else ({strange[0]})' if strange else 'is a file'}: choose another --out")
@@ -501,17 +503,17 @@ def write_results(
     lines += [f"![{name}](figures/{name}.png)" for name in figures]
     (cfg.out/"report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/18_evaluate.ipynb #602f85d2
+# %% ../nbs/18_evaluate.ipynb #94bca37d
 def open_model(
     cfg:EvalConfig, # names it
 )->tuple[CLIP, BPETokenizer|None]: # with random weights a shape without numbers, until the vocabulary is known
-    "A trained model or a new one. Raises UserError."
+    "A trained model, ours or somebody else's, or a new one. Raises UserError."
     if cfg.random_weights:
         with torch.device("meta"): return create_model(cfg.model), None
-    try: model,_,tokenizer = load(cfg.model)
+    try: model,_,tokenizer = load(cfg.model, cfg.weights, cfg.quick_gelu, cfg.merges)
     except UserError:
-        if cfg.model not in PRESETS or Path(cfg.model).is_dir(): raise
-        raise UserError(f"{cfg.model} is a preset and no trained model: give the folder of a run, or --random-weights to see what chance looks like") from None
+        if cfg.weights or cfg.model not in PRESETS or Path(cfg.model).exists(): raise
+        raise UserError(f"{cfg.model} is a preset and no trained model: give the folder of a run, its weights by --weights, or --random-weights to see what chance looks like") from None
     return model, tokenizer
 
 def texts_of(
