@@ -89,10 +89,11 @@ class CLIP(nn.Module):
         images:Tensor,        # (B, 3, H, W) normalised, any memory layout
         normalize:bool=False, # rows of length 1
     )->Tensor:                # (B, E)
-        "Embed pictures. Warns where a single picture meets BatchNorm in training mode."
+        "Embed pictures, in the model's own precision. Warns where a single picture meets BatchNorm in training mode. Raises UserError for pixels that are no normalised numbers."
+        if not images.is_floating_point(): raise UserError(f"pictures of type {images.dtype} are not normalised: `preprocess` as `load` gives it does that, or `normalize` in clip_nbdev.data")
         if len(images) == 1 and any(m.training for m in self.visual.modules() if isinstance(m, _BatchNorm)):
             warnings.warn("one picture in training mode: BatchNorm takes its statistics from it alone; call model.eval() first", stacklevel=2)
-        emb = self.visual(images.to(memory_format=torch.channels_last)).to(self.logit_scale.dtype) # float32 again behind autocast
+        emb = self.visual(images.to(self.logit_scale.dtype, memory_format=torch.channels_last)).to(self.logit_scale.dtype) # float32 again behind autocast
         return F.normalize(emb, dim=-1) if normalize else emb
 
     def encode_text(self,
