@@ -34,7 +34,7 @@ def facts_of_name(
     hint = "" if spec else "; with open_clip installed its names are known too"
     raise UserError(f"no model is called {name!r}: there are {', '.join(PRESETS)}{hint}")
 
-# %% ../nbs/11d_foreign.ipynb #22ec7de0
+# %% ../nbs/11d_foreign.ipynb #79955621
 def check_pictures(
     where:Path,  # for the message
     asked:dict,  # what the configuration asks for
@@ -42,7 +42,7 @@ def check_pictures(
 ):
     "Raise UserError where pictures are to be prepared in another way than CLIP's."
     for k,v in usual.items():
-        if asked.get(k, v) != v: raise UserError(f"{where} asks for {k} = {asked[k]!r} and CLIP's preprocessing has {v!r}: the model would be a little wrong everywhere (the file of weights alone, outside its folder, is opened without this question)")
+        if asked.get(k, v) != v: raise UserError(f"{where} asks for {k} = {asked[k]!r} and CLIP's preprocessing has {v!r}: the model would be wrong by a little everywhere (the file of weights given alone is opened without this question, for CLIP's own pixels)")
 
 def facts_beside(
     folder:Path, # of open_clip or transformers

@@ -94,9 +94,9 @@ def released_names(
     state = {k.removeprefix("text."):v for k,v in state.items()}
     return {k:v.reshape(()) if k.startswith("logit_") else v for k,v in state.items() if k not in NOT_WEIGHTS}
 
-# %% ../nbs/11b_formats.ipynb #9b4f7845
+# %% ../nbs/11b_formats.ipynb #9f6edc75
 HEAD_WIDTHS = {1280:80, 1408:88, 1664:104, 1792:112} # image towers of ViT-H, -g, -bigG, -e: sixteen heads; all others have 64 channels a head
-SMALLEST = 384 # width of the smallest tower that was published
+SMALLEST = 384 # width below which heads are not guessed
 
 def count(
     names,     # of weights
@@ -131,19 +131,19 @@ def config_of(
         text = dict(ctx_len=ctx_len, text_width=width, text_heads=max(1, width//64), text_layers=count(state, "transformer.resblocks."))
         read = text | vision_sizes(state) | dict(vocab_size=len(state["token_embedding.weight"]), embed_dim=state["text_projection"].shape[1])
     except (KeyError, ValueError, IndexError, TypeError) as e: raise UserError(f"these are not the weights of a whole CLIP: {e} is missing or has another form") from None
-    if known.get("quick_gelu") is None: raise UserError("no weight tells QuickGELU from GELU: say quick_gelu=True (OpenAI's weights, and names with -quickgelu) or quick_gelu=False (most others)")
+    if known.get("quick_gelu") is None: raise UserError("no weight tells QuickGELU from GELU: say quick_gelu=True (OpenAI's weights, MetaCLIP's, names with -quickgelu) or quick_gelu=False (most of LAION's and DataComp's)")
     for k,width in dict(text_heads=read["text_width"], vision_head_width=read["vision_width"]*(1 if "patch_size" in read else 32)).items():
-        if known.get(k) is None and width < SMALLEST: raise UserError(f"weights don't tell how many heads attention has, and no published tower is as narrow as {width}: say of which model they are, or load the folder with its configuration")
+        if known.get(k) is None and width < SMALLEST: raise UserError(f"weights don't tell how many heads attention has, and a tower as narrow as {width} may have any: say of which model they are, or load the folder with its configuration")
     if "patch_size" not in read and known.get("img_size", 0)//32 == read["img_size"]//32: read["img_size"] = known["img_size"]
     for k,v in known.items():
         if k not in SILENT and v != read.get(k): raise UserError(f"the weights have {k} {read.get(k)}, and {v} was expected: is this file of another model?")
     if "logit_bias" in state: read["logit_bias"] = state["logit_bias"].item()
     return CLIPConfig(**read | {k:v for k,v in known.items() if v is not None})
 
-# %% ../nbs/11b_formats.ipynb #7741c150
-HARMLESS = ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "patch_dropout", "output_tokens", "eos_id", "pad_id", "attn_pooler_queries", "attn_pooler_heads",
+# %% ../nbs/11b_formats.ipynb #45768dc7
+HARMLESS = ("patch_dropout", "output_tokens", "eos_id", "pad_id", "attn_pooler_queries", "attn_pooler_heads",
             "init_logit_scale", "init_logit_bias", "custom_text", "nonscalar_logit_scale") # to the paper's towers in an evaluation
-USUAL = dict(pool_type=("tok", "argmax"), pos_embed_type=("learnable",), proj_type=("linear",), mlp_ratio=(4,)) # what the paper does has a name there
+USUAL = dict(hf_tokenizer_name=(".",), pool_type=("tok", "argmax"), pos_embed_type=("learnable",), proj_type=("linear",), mlp_ratio=(4,)) # what the paper does has a name there
 
 def check_switches(
     part:dict, # of open_clip's configuration
@@ -151,7 +151,7 @@ def check_switches(
 ):
     "Raise UserError for a switch that asks for another function than the paper's."
     for k,v in part.items():
-        of_others = k.startswith(("hf_", "timm_")) and not k.endswith("_model_name") # asks for nothing where no other model is named
+        of_others = k.startswith(("hf_", "timm_")) and not k.endswith(("_model_name", "_tokenizer_name")) # asks for nothing where no other model is named
         if k in known or k in HARMLESS or of_others or not v or v in USUAL.get(k, ()): continue
         raise UserError(f"open_clip's configuration asks for {k} = {v!r}, and the paper's towers have no such thing")
 

@@ -93,7 +93,7 @@ def release_of(
     found = sha256(path)
     return next((name for name,release in RELEASES.items() if release.sha256 == found), None)
 
-# %% ../nbs/11c_sources.ipynb #9c25e2f8
+# %% ../nbs/11c_sources.ipynb #c315b19b
 def check_crc(
     path:Path, # a zip archive
 ):
@@ -116,7 +116,7 @@ def read_tensors(
     if path.open("rb").read(2) == b"PK": check_crc(path)
     if kind == "torchscript":
         if not trust_torchscript and not release_of(path): raise UserError(f"{path} is a TorchScript archive, whose code would be compiled and run, and its SHA-256 is none of the nine that OpenAI published: "
-                                                                           "look for the weights as safetensors, or pass trust_torchscript=True if you know who made it")
+                                                                           "load(name, weights='openai') fetches the released weights as safetensors, and trust_torchscript=True opens a file whose maker you know")
         with warnings.catch_warnings(action="ignore"): found = torch.jit.load(path, map_location="cpu").state_dict() # it says that the format is deprecated
     else: found = load_pickle(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict): found = found["state_dict"]
@@ -151,15 +151,17 @@ def read_folder(
     if lost := [k for k in parts if k not in found]: raise UserError(f"{path} promises {lost[0]} and {len(lost)-1} more that are in none of its files")
     return found
 
-# %% ../nbs/11c_sources.ipynb #7e252bf4
+# %% ../nbs/11c_sources.ipynb #a99680a8
 HUB = "hf-hub:"
 
 def fetch(
-    repo:str, # owner/name on the Hugging Face hub
-)->Path:      # a folder in huggingface_hub's cache
+    repo:str,           # owner/name on the Hugging Face hub
+    only:str|None=None, # one file; None for a model
+)->Path:                # a folder in huggingface_hub's cache
     "Download a model: one file of weights (or the parts of one), configuration and tokenizer. Raises UserError where the network or the repository is missing."
     try:
         from huggingface_hub import HfApi, snapshot_download
+        if only: return Path(snapshot_download(repo, allow_patterns=[only]))
         try: names = HfApi().list_repo_files(repo)
         except Exception: # no network: perhaps an earlier call left a copy
             return Path(snapshot_download(repo, local_files_only=True))
@@ -170,7 +172,7 @@ def fetch(
     except UserError: raise
     except Exception as e: raise UserError(f"{repo} could not be had from the Hugging Face hub ({type(e).__name__}): is there a network, and is the name right? With the file on this machine, pass weights=PATH") from None
 
-# %% ../nbs/11c_sources.ipynb #3b75b6a3
+# %% ../nbs/11c_sources.ipynb #1a14fdd2
 MERGES_NAME = "bpe_simple_vocab_16e6.txt.gz"
 
 def find_merges(
@@ -184,5 +186,5 @@ def find_merges(
         raise UserError(f"no merges file {told}{where}")
     spec = find_spec("open_clip") # found, not imported
     if spec and spec.origin and (inside := Path(spec.origin).parent/MERGES_NAME).is_file(): return inside
-    if download: return fetch("openai/clip-vit-base-patch32")/"merges.txt"
+    if download: return fetch("openai/clip-vit-base-patch32", only="merges.txt")/"merges.txt" # half a megabyte
     raise UserError(f"the released vocabulary is not on this machine: set CLIP_NBDEV_MERGES to {MERGES_NAME} (folder clip of github.com/openai/CLIP), or `pip install open_clip_torch`, which has a copy")
