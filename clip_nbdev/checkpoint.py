@@ -6,7 +6,7 @@
 __all__ = ['open_clip_config', 'write_json', 'check_tokenizer', 'save_model', 'misfit', 'read_config', 'read_weights', 'assemble',
            'shipped', 'load_run', 'is_run', 'load', 'ship', 'resize_positions', 'with_img_size']
 
-# %% ../nbs/12_checkpoint.ipynb #f98a6673
+# %% ../nbs/12_checkpoint.ipynb #c1504b9d
 import json
 import shutil
 from dataclasses import MISSING, asdict, fields, replace
@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from .clip import CLIP, PRESETS, CLIPConfig, from_released, to_released
 from .core import UserError
 from .data import MEAN, STD, image_transform
-from .foreign import open_foreign
+from .foreign import exists, open_foreign
 from .sources import HUB, RELEASES
 from .tokenizer import BPETokenizer
 
@@ -85,25 +85,26 @@ def save_model(
     finally: shutil.rmtree(aside, ignore_errors=True)
     if not for_open_clip: (folder/"open_clip_config.json").unlink(missing_ok=True) # of a model that stood here before
 
-# %% ../nbs/12_checkpoint.ipynb #842e7fbd
+# %% ../nbs/12_checkpoint.ipynb #9d296e40
 def misfit(
     found:dict,  # state dict from a file
     wanted:dict, # state dict of the model
 )->str:          # one line, empty where they fit
     "What keeps weights from fitting a model: the first missing, unexpected and wrongly shaped names."
     shapes = [f"{k} {tuple(found[k].shape)} instead of {tuple(v.shape)}" for k,v in wanted.items() if k in found and found[k].shape != v.shape]
-    groups = dict(missing=[k for k in wanted if k not in found], unexpected=[k for k in found if k not in wanted], shape=shapes)
+    kinds = [f"{k} {str(found[k].dtype).removeprefix('torch.')}" for k,v in wanted.items() if k in found and v.is_floating_point() and not found[k].is_floating_point()]
+    groups = dict(missing=[k for k in wanted if k not in found], unexpected=[k for k in found if k not in wanted], shape=shapes, type=kinds)
     first = lambda names: ", ".join(names[:3]) + (f" and {len(names)-3} more" if len(names) > 3 else "")
     return "; ".join(f"{kind}: {first(names)}" for kind,names in groups.items() if names)
 
-# %% ../nbs/12_checkpoint.ipynb #8696c689
+# %% ../nbs/12_checkpoint.ipynb #ba3a9447
 def read_config(
     folder:Path, # with a config.json
 )->CLIPConfig:
     "Read the model's configuration. Raises UserError for a file that does not hold one."
     path = folder/"config.json"
     try: values = json.loads(path.read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError) as e: raise UserError(f"{path} can't be read as JSON: {e}") from None
+    except (OSError, ValueError, RecursionError) as e: raise UserError(f"{path} can't be read as JSON: {e}") from None
     except (KeyError, TypeError): values = None
     if not isinstance(values, dict): raise UserError(f"{path} has no field 'model': it was not written by a run of clip_nbdev")
     names = [f.name for f in fields(CLIPConfig)]
@@ -114,7 +115,7 @@ def read_config(
     try: return CLIPConfig(**values | dict(vision_layers=tuple(layers) if isinstance(layers, list) else layers))
     except (TypeError, ValueError) as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../nbs/12_checkpoint.ipynb #5ef89de8
+# %% ../nbs/12_checkpoint.ipynb #23a212ab
 def read_weights(
     folder:Path, # with an open_clip_model.safetensors
 )->dict:         # name -> tensor, in the precision of the file
@@ -126,7 +127,7 @@ def read_weights(
 
 def assemble(
     config:CLIPConfig, # of the model
-    state:dict,        # released names, any precision; the model takes over tensors that are float32 already
+    state:dict,        # released names, any precision; emptied on the way, so that nothing large is held twice
     where:str,         # for the message
 )->CLIP:               # float32, evaluation mode
     "A model around given weights, all or none: nothing is drawn at random first. Raises UserError where they don't fit."
@@ -135,10 +136,11 @@ def assemble(
     except (TypeError, ValueError, RuntimeError) as e: raise UserError(f"{where} describes a model that can't be built: {e}") from None
     wrong = misfit(state, to_released(model.state_dict()))
     if wrong: raise UserError(f"the weights do not fit {where}: {wrong}")
-    model.load_state_dict(from_released({k:v.float() if v.is_floating_point() else v for k,v in state.items()}), assign=True)
+    own = lambda v: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True, memory_format=torch.contiguous_format) # a file stays mapped otherwise, and changes with it
+    model.load_state_dict(from_released({k:own(state.pop(k)) for k in list(state)}), assign=True)
     return model.to(memory_format=torch.channels_last).eval()
 
-# %% ../nbs/12_checkpoint.ipynb #73e4860c
+# %% ../nbs/12_checkpoint.ipynb #5d0c9b66
 def shipped()->dict[str, Path]: # name -> folder
     "The trained models that the package brings along."
     folder = Path(str(resources.files("clip_nbdev")/"weights"))
@@ -150,16 +152,15 @@ def load_run(
     "Open a run. Raises UserError where its files do not fit together."
     config = read_config(folder)
     model = assemble(config, read_weights(folder), f"{folder/'config.json'}")
-    try: tokenizer = BPETokenizer.load(folder)
-    except UserError: raise
-    except (OSError, KeyError, TypeError, ValueError) as e: raise UserError(f"the tokenizer in {folder} can't be read: {type(e).__name__}: {e}") from None
-    return model, tokenizer
+    return model, BPETokenizer.load(folder)
 
 def is_run(folder:Path)->bool: # whether our own training wrote it
-    "Other libraries have a config.json too; theirs says model_type."
-    try: return "model_type" not in json.loads((folder/"config.json").read_text(encoding="utf-8"))
+    "Others have a config.json too; ours has the field 'model'. One that is broken is taken for ours, unless open_clip's stands beside it and says enough."
+    try: found = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     except OSError: return False
-    except (ValueError, TypeError): return True # broken, which is for `read_config` to say
+    except (ValueError, RecursionError): found = None
+    if isinstance(found, dict) and ("model" in found or "model_type" in found or "architecture" in found): return "model" in found # transformers' or timm's
+    return not (isinstance(found, dict) and (folder/"open_clip_config.json").is_file())
 
 def load(
     name_or_path:str|Path,         # "glyphs", which ships; a run, a folder or a file of others, or hf-hub:owner/name; with `weights` a model's name
@@ -172,11 +173,14 @@ def load(
 )->tuple[CLIP, v2.Compose, BPETokenizer]: # model in evaluation mode, preprocess for PIL images, tokenizer
     "Open a model. Downloads nothing unless asked. Raises UserError where there is none, or where its parts do not fit together."
     name = str(name_or_path)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point: raise UserError(f"dtype must be a floating type of PyTorch such as torch.bfloat16, not {dtype!r}")
+    if img_size is not None and type(img_size) is not int: raise UserError(f"img_size must be a whole number of pixels, not {img_size!r}")
     folder = shipped().get(name, Path(name_or_path))
+    if weights is not None and is_run(Path(weights)): raise UserError(f"{weights} is a run, which says itself what model it is: load({str(weights)!r})")
     if weights is None and is_run(folder):
         if tokenizer is not None or quick_gelu is not None: raise UserError(f"{folder} is a run, which says itself what its tokenizer and its activation are")
         model,tokenizer = load_run(folder)
-    elif weights is None and not name.startswith(HUB) and not folder.exists():
+    elif weights is None and not name.startswith(HUB) and not exists(folder):
         others = "weights=PATH or weights='openai'" if name in RELEASES else "weights=PATH"
         hint = f"; {name!r} is a preset: create_model gives it with random weights, and {others} with trained ones" if name in PRESETS else ""
         raise UserError(f"no model in {folder}: `load` takes a folder or a file with weights, hf-hub:owner/name, or a name that ships with the package ({', '.join(shipped())}){hint}")
@@ -185,7 +189,7 @@ def load(
         state,config,tokenizer = open_foreign(source, known, quick_gelu, tokenizer, trust_torchscript)
         model = assemble(config, state, f"the configuration read from {source}")
     check_tokenizer(tokenizer, model.config)
-    if img_size: model = with_img_size(model, img_size)
+    if img_size is not None: model = with_img_size(model, img_size)
     return model.to(dtype), image_transform(model.config.img_size), tokenizer
 
 # %% ../nbs/12_checkpoint.ipynb #6bb02e39

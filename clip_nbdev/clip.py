@@ -48,6 +48,14 @@ class CLIPConfig:
         if self.patch_size and not isinstance(self.vision_layers, int): raise UserError(f"a ViT (patch_size {self.patch_size}) takes one number as vision_layers, not {self.vision_layers}")
         if not self.patch_size and (not isinstance(self.vision_layers, (tuple, list)) or len(self.vision_layers) != 4):
             raise UserError(f"a ResNet takes four numbers as vision_layers, not {self.vision_layers}; a ViT needs a patch_size")
+        sizes = {f.name:getattr(self, f.name) for f in fields(self) if f.type in (int, int|None)} # and of a ResNet, the blocks of each stage
+        sizes |= {f"vision_layers[{i}]":v for i,v in enumerate(self.vision_layers)} if isinstance(self.vision_layers, (tuple, list)) else dict(vision_layers=self.vision_layers)
+        least = {"text_heads":0, "text_layers":0} if self.text_tower == "bow" else {}
+        for k,v in sizes.items():
+            if v is None and k in ("patch_size", "vision_mlp_width"): continue
+            if type(v) is not int or v < least.get(k, 1): raise UserError(f"{k} must be a whole number above 0, not {v!r}")
+        if type(self.quick_gelu) is not bool: raise UserError(f"quick_gelu must be true or false, not {self.quick_gelu!r}")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, (int, float)): raise UserError(f"logit_bias must be a number, not {self.logit_bias!r}")
 
     @property
     def vision_heads(self)->int: # of each block of a ViT, or of a ResNet's attention pool

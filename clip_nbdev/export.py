@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['pictures_config', 'export_hf']
 
-# %% ../nbs/12f_export.ipynb #ab141f47
+# %% ../nbs/12f_export.ipynb #2f6ce90f
 import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from .checkpoint import load, write_json
+from .checkpoint import is_run, load, write_json
 from .clip import to_released
 from .core import UserError
 from .data import MEAN, STD
 from .formats import hf_config, to_hf
 
-# %% ../nbs/12f_export.ipynb #7e07ea10
+# %% ../nbs/12f_export.ipynb #9411a869
 def pictures_config(
     img_size:int, # side of the pictures in pixels
 )->dict:          # contents of transformers' preprocessor_config.json
@@ -32,7 +32,8 @@ def export_hf(
     "Write what transformers' CLIPModel, CLIPProcessor and pipelines load. Raises UserError for a ResNet or another model that transformers has no class for."
     model,_,tokenizer = load(run)
     config,folder = hf_config(model.config),Path(folder) # first, as it refuses
-    if (folder/"open_clip_config.json").is_file(): raise UserError(f"{folder} holds a run or a model of open_clip's: export into a folder of its own")
+    if folder.exists() and not folder.is_dir(): raise UserError(f"{folder} is a file: export into a folder")
+    if is_run(folder) or any((folder/name).is_file() for name in ("open_clip_config.json", "open_clip_model.safetensors")): raise UserError(f"{folder} holds a run or a model of open_clip's: export into a folder of its own")
     aside = folder/"unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -112,7 +112,7 @@ class CheckpointReader(CheckpointFolder):
         self.check(path)
         there = len(list(path.glob("process-*.pt")))
         if there != acc.num_processes: raise UserError(f"{path} was written by {there} processes, now there are {acc.num_processes}: start as many")
-        shared,mine = (torch.load(path/name) for name in ("shared.pt", f"process-{acc.process_index}.pt"))
+        shared,mine = (torch.load(path/name, weights_only=True) for name in ("shared.pt", f"process-{acc.process_index}.pt"))
         if fits: fits(shared)
         try: acc.load_state(str(path))
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as e: # it is whole, so it is of something else
