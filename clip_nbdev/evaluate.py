@@ -45,7 +45,7 @@ from .stream import PairStream, one_line, pair_loader, said_once
 from .tokenizer import BPETokenizer
 from .zeroshot import check_names, fingerprint, plot_predictions, predict, words_of, zeroshot_classifier, zeroshot_logits
 
-# %% ../nbs/18_evaluate.ipynb #d2d2713c
+# %% ../nbs/18_evaluate.ipynb #8370fbff
 @dataclass
 class EvalConfig(LabelledOptions):
     "Evaluate a model on pictures: zero-shot, by probes, by retrieval. Start it by: python -m clip_nbdev.evaluate"
@@ -53,6 +53,7 @@ class EvalConfig(LabelledOptions):
     overwrite:bool=False        # replace results that are already there; the cache stays
     weights:str|None=None       # of the model that --model names (ViT-B/32): a file, a folder, hf-hub:owner/name, or openai to download the released ones
     quick_gelu:bool|None=None   # the activation, where neither a name nor a configuration tells it
+    trust_torchscript:bool=False # run a TorchScript archive that OpenAI did not publish
     random_weights:bool=False   # take --model as the name of a preset: a baseline, or a try of the full size
     merges:str|None=None        # CLIP's released merges, for --weights and --random-weights; default for weights: beside them, $CLIP_NBDEV_MERGES, an installed open_clip; for random ones: a vocabulary learned from the class names
     limit:int|None=None         # look at so many pictures a part, drawn at random, and no more
@@ -503,14 +504,14 @@ def write_results(
     lines += [f"![{name}](figures/{name}.png)" for name in figures]
     (cfg.out/"report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/18_evaluate.ipynb #94bca37d
+# %% ../nbs/18_evaluate.ipynb #15360cd0
 def open_model(
     cfg:EvalConfig, # names it
 )->tuple[CLIP, BPETokenizer|None]: # with random weights a shape without numbers, until the vocabulary is known
     "A trained model, ours or somebody else's, or a new one. Raises UserError."
     if cfg.random_weights:
         with torch.device("meta"): return create_model(cfg.model), None
-    try: model,_,tokenizer = load(cfg.model, cfg.weights, cfg.quick_gelu, cfg.merges)
+    try: model,_,tokenizer = load(cfg.model, cfg.weights, cfg.quick_gelu, cfg.merges, trust_torchscript=cfg.trust_torchscript)
     except UserError:
         if cfg.weights or cfg.model not in PRESETS or Path(cfg.model).exists(): raise
         raise UserError(f"{cfg.model} is a preset and no trained model: give the folder of a run, its weights by --weights, or --random-weights to see what chance looks like") from None
