@@ -7,12 +7,9 @@ __all__ = ['HF_PICTURES', 'facts_of_name', 'check_pictures', 'in_pixels', 'as_tr
            'find_tokenizer', 'agree', 'exists', 'locate', 'open_foreign']
 
 # %% ../nbs/11d_foreign.ipynb #d8fec477
-import json
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from .clip import PRESETS, CLIPConfig
 from .core import UserError

@@ -12,7 +12,6 @@ __all__ = ['HF_STARTS', 'HF_PARTS', 'TURNED', 'WRAPPERS', 'NOT_WEIGHTS', 'STRANG
 import math
 
 import torch
-from torch import Tensor
 
 from .clip import CLIPConfig
 from .core import UserError

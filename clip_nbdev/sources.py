@@ -18,6 +18,7 @@ import tarfile
 import warnings
 import zipfile
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -180,16 +181,15 @@ def fetch(
 )->Path:                # a folder in huggingface_hub's cache
     "Download a model: one file of weights (or the parts of one), configuration and tokenizer. Raises UserError where the network or the repository is missing."
     try:
-        from huggingface_hub import HfApi, snapshot_download
-        if only: return Path(snapshot_download(repo, allow_patterns=[only]))
-        from huggingface_hub.utils import HfHubHTTPError
-        try: names = HfApi().list_repo_files(repo)
-        except HfHubHTTPError: raise # the hub answered: no such repository, or not for you
-        except Exception: return Path(snapshot_download(repo, local_files_only=True)) # no network: perhaps an earlier call left a copy
+        hub = import_module("huggingface_hub") # here, as most uses of this module never ask the network
+        if only: return Path(hub.snapshot_download(repo, allow_patterns=[only]))
+        try: names = hub.HfApi().list_repo_files(repo)
+        except hub.utils.HfHubHTTPError: raise # the hub answered: no such repository, or not for you
+        except Exception: return Path(hub.snapshot_download(repo, local_files_only=True)) # no network: perhaps an earlier call left a copy
         best = next((name for name in WEIGHT_FILES if name in names), None)
         if best is None: raise UserError(f"the repository {repo} has none of {', '.join(WEIGHT_FILES)}")
         parts = [name for name in names if name.endswith(".safetensors") and name not in WEIGHT_FILES] if best.endswith("index.json") else []
-        return Path(snapshot_download(repo, allow_patterns=[best, *parts, "*.json", "merges.txt"]))
+        return Path(hub.snapshot_download(repo, allow_patterns=[best, *parts, "*.json", "merges.txt"]))
     except UserError: raise
     except Exception as e: raise UserError(f"{repo} could not be had from the Hugging Face hub ({type(e).__name__}): is there a network, and is the name right? With the file on this machine, pass weights=PATH") from None
 

@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -116,7 +117,7 @@ def check_tokens(
     what = "token ids against open_clip's"
     if len(tokenizer) != PRESETS["ViT-B/32"].vocab_size: return line(what, "", f"a vocabulary of its own, {len(tokenizer):,} tokens", None)
     if not find_spec("open_clip"): return line(what, "", "open_clip is not installed: pip install open_clip_torch", None)
-    from open_clip.tokenizer import SimpleTokenizer
+    SimpleTokenizer = import_module("open_clip").SimpleTokenizer
     wrong = [t for t in TEXTS if not torch.equal(tokenizer([t], truncate=True), SimpleTokenizer(context_length=tokenizer.ctx_len)([t]))]
     return line(what, f"{len(TEXTS)} texts", f"{len(TEXTS)-len(wrong)} equal{f', not {wrong[0]!r}' if wrong else ''}", not wrong)
 
@@ -125,7 +126,7 @@ def peer_of(
     model:CLIP, # opened, on the CPU
 ):
     "open_clip's model with the same weights. Raises UserError where it has no such tower."
-    import open_clip
+    open_clip = import_module("open_clip") # where it is installed; nothing else needs it
     about = open_clip_config(model.config)["model_cfg"]
     about["text_cfg"].pop("hf_tokenizer_name")
     with warnings.catch_warnings(action="ignore"): peer = open_clip.model.CLIP(**about)
