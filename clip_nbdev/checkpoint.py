@@ -154,6 +154,7 @@ def load_run(
     model = assemble(config, read_weights(folder), f"{folder/'config.json'}")
     return model, BPETokenizer.load(folder)
 
+# %% ../nbs/12_checkpoint.ipynb #638d88cc
 def is_run(folder:Path)->bool: # whether our own training wrote it
     "Others have a config.json too; ours has the field 'model'. One that is broken is taken for ours, unless open_clip's stands beside it and says enough."
     try: found = json.loads((folder/"config.json").read_text(encoding="utf-8"))
@@ -162,6 +163,7 @@ def is_run(folder:Path)->bool: # whether our own training wrote it
     if isinstance(found, dict) and ("model" in found or "model_type" in found or "architecture" in found): return "model" in found # transformers' or timm's
     return not (isinstance(found, dict) and (folder/"open_clip_config.json").is_file())
 
+# %% ../nbs/12_checkpoint.ipynb #45abe43b
 def load(
     name_or_path:str|Path,         # "glyphs", which ships; a run, a folder or a file of others, or hf-hub:owner/name; with `weights` a model's name
     weights:str|Path|None=None,    # where a name's weights are: a path, hf-hub:owner/name, or "openai" to download the released ones

@@ -56,6 +56,7 @@ def in_pixels(
 
 def as_triple(v)->tuple: return tuple(v) if isinstance(v, (list, tuple)) else (v,) # what isn't three numbers is refused where it is used
 
+# %% ../nbs/11d_foreign.ipynb #b7c33f98
 def facts_beside(
     folder:Path, # of open_clip or transformers
 )->tuple[dict, tuple, tuple]: # fields of CLIPConfig, empty where nothing is told; mean and deviation of the pixels
@@ -132,6 +133,7 @@ def locate(
     if not str(source) or not exists(Path(source)): raise UserError(f"no file or folder {source}: weights are a path, hf-hub:owner/name, or \"openai\" to download the released ones")
     return Path(source), False
 
+# %% ../nbs/11d_foreign.ipynb #6bf5bd60
 def open_foreign(
     source:str|Path,         # "openai", hf-hub:owner/name, a folder or a file
     name:str|None=None,      # of the model, where it is known

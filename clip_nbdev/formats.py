@@ -120,6 +120,7 @@ def vision_sizes(
     return dict(vision_layers=count(state, "visual.transformer.resblocks."), vision_width=width, patch_size=patch, img_size=patch*side,
                 vision_head_width=HEAD_WIDTHS.get(width, 64), vision_mlp_width=None if hidden == 4*width else hidden)
 
+# %% ../nbs/11b_formats.ipynb #184d477d
 SHAPED = ("embed_dim", "img_size", "vision_layers", "vision_width", "patch_size", "text_width", "text_layers", "ctx_len", "vocab_size") # what shapes tell
 
 def sizes_of(
@@ -133,6 +134,7 @@ def sizes_of(
     except KeyError as e: raise UserError(f"these are not the weights of a whole CLIP: {e} is missing") from None
     except (ValueError, IndexError, TypeError): raise UserError("these are not the weights of a CLIP: positions, projection or first convolution have another number of dimensions") from None
 
+# %% ../nbs/11b_formats.ipynb #fd7e800d
 def config_of(
     state:dict, # released names
     **known,    # fields of CLIPConfig that a configuration, a name or the user tells; quick_gelu has to be among them
@@ -164,6 +166,7 @@ def check_switches(
         if k in known or k in HARMLESS or of_others or not v or v in USUAL.get(k, ()): continue
         raise UserError(f"open_clip's configuration asks for {k} = {v!r}, and the paper's towers have no such thing")
 
+# %% ../nbs/11b_formats.ipynb #91a1fc12
 def objects(
     where:dict, # JSON
     *names:str, # of its parts
@@ -185,6 +188,7 @@ def numbers(
         if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0: raise UserError(f"{k} must be a number above 0, not {found!r}")
     return [part.get(k, v) for k,v in usual.items()]
 
+# %% ../nbs/11b_formats.ipynb #d4f66102
 def facts_of_open_clip(
     model_cfg:dict, # "model_cfg" of an open_clip_config.json, or a file of open_clip's model_configs
 )->dict:            # fields of CLIPConfig

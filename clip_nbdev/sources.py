@@ -112,6 +112,7 @@ def check_crc(
     except Exception as e: broken = f"{type(e).__name__}: {e}"
     if broken: raise UserError(f"{path} is damaged (checksum of {broken}): copy it again")
 
+# %% ../nbs/11c_sources.ipynb #1f0dbf56
 def load_torchscript(
     path:Path,  # an archive
     trust:bool, # whoever made it
@@ -125,6 +126,7 @@ def load_torchscript(
         with warnings.catch_warnings(action="ignore"): return dict(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()) # it warns that the format is deprecated
     except Exception as e: raise UserError(f"{path} is no whole TorchScript archive ({type(e).__name__}: {str(e)[:100].splitlines()[0] if str(e) else ''}): copy it again") from None
 
+# %% ../nbs/11c_sources.ipynb #9b7d26b6
 def read_tensors(
     path:Path,                     # safetensors, a pickle of torch.save, or a TorchScript archive
     trust_torchscript:bool=False,  # compile and run an archive that is none of the nine published ones

@@ -62,6 +62,7 @@ def check_file(
     if published: return line(what, f"{wanted}: {RELEASES[wanted].sha256[:12]}…", f"{published}: {found[:12]}…", published == wanted)
     return line(what, f"{RELEASES[name].sha256[:12]}…" if name in RELEASES else "", f"{found[:12]}…, none of the nine that OpenAI published", None)
 
+# %% ../nbs/18b_verify.ipynb #ba00290c
 def check_count(
     model:CLIP,     # opened
     name:str|None,  # of a preset
@@ -83,6 +84,7 @@ def check_fit(
     wrong = misfit(to_released(model.state_dict()), wanted)
     return line(what, f"{len(wanted)} of {name}", wrong or f"{len(wanted)}, no other", not wrong)
 
+# %% ../nbs/18b_verify.ipynb #37815529
 def check_scale(
     model:CLIP, # opened
 )->dict:
@@ -224,6 +226,7 @@ class VerifyConfig:
     device:str|None=None          # cuda, mps or cpu, for accuracies; default the fastest at hand. All else is done on the CPU in float32
     out:Path=Path("runs/verify")  # folder for the table (verify.csv), features and classifiers
 
+# %% ../nbs/18b_verify.ipynb #7c394f51
 def accuracies(
     cfg:VerifyConfig, # says what is measured
     model:CLIP,       # opened
@@ -249,6 +252,7 @@ def accuracies(
     model.cpu()
     return rows
 
+# %% ../nbs/18b_verify.ipynb #45a406ed
 def attempted(
     what:str, # is checked
     check,    # gives a line, or several
@@ -277,6 +281,7 @@ def verify(
     table.to_csv(cfg.out/"verify.csv", index=False)
     return table
 
+# %% ../nbs/18b_verify.ipynb #e5c647c9
 def main():
     "The command line: python -m clip_nbdev.verify. Status 1 where something differs."
     try:
