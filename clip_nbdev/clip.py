@@ -48,6 +48,7 @@ class CLIPConfig:
         if self.patch_size and not isinstance(self.vision_layers, int): raise UserError(f"a ViT (patch_size {self.patch_size}) takes one number as vision_layers, not {self.vision_layers}")
         if not self.patch_size and (not isinstance(self.vision_layers, (tuple, list)) or len(self.vision_layers) != 4):
             raise UserError(f"a ResNet takes four numbers as vision_layers, not {self.vision_layers}; a ViT needs a patch_size")
+        if not self.patch_size and self.vision_mlp_width is not None: raise UserError(f"vision_mlp_width {self.vision_mlp_width} belongs to a ViT, and without a patch_size this is a ResNet")
         sizes = {f.name:getattr(self, f.name) for f in fields(self) if f.type in (int, int|None)} # and of a ResNet, the blocks of each stage
         sizes |= {f"vision_layers[{i}]":v for i,v in enumerate(self.vision_layers)} if isinstance(self.vision_layers, (tuple, list)) else dict(vision_layers=self.vision_layers)
         least = {"text_heads":0, "text_layers":0} if self.text_tower == "bow" else {}

@@ -113,7 +113,7 @@ def agree(
 )->dict:        # both
     "Join facts. Raises UserError where they contradict each other."
     for k,v in more.items():
-        if k in facts and facts[k] != v: raise UserError(f"{who} says {k} = {v}, and {facts[k]} was expected: one of the two belongs to another model")
+        if k in facts and facts[k] != v: raise UserError(f"{who} says {k} = {v}, and {facts[k]} was expected: one of the two belongs to another model (without a name, the file and what lies beside it decide alone)")
     return facts | more
 
 def exists(path:Path)->bool: # and not an error for what can't be a path

@@ -290,6 +290,9 @@ def main():
     except UserError as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by hand: features that were complete are kept in --out", file=sys.stderr)
+        sys.exit(130)
     print(table.to_string(index=False, max_colwidth=90))
     counts = table.verdict.value_counts()
     print(f"{counts.get(EQUAL, 0)} equal, {counts.get(DIFFERS, 0)} differ, {counts.get(UNCHECKED, 0)} not checked; written: {cfg.out/'verify.csv'}")
