@@ -28,7 +28,7 @@ from .vit import VisionTransformer
 class CLIPConfig:
     "Everything that decides the shapes of a model. Raises UserError for towers that can't be."
     embed_dim:int                       # size of the shared space
-    img_size:int                        # side of the pictures in pixels
+    img_size:int                        # side of the images in pixels
     vision_layers:int|tuple[int, ...]   # blocks in each of the four stages of a ResNet; of a ViT, the number of blocks
     vision_width:int                    # channels after the ResNet's stem; of a ViT, the residual stream
     text_width:int                      # of the text tower's residual stream
@@ -65,7 +65,7 @@ class CLIPConfig:
 # %% ../nbs/15_clip.ipynb #c55b2edf
 def towers(
     config:CLIPConfig, # shapes of both
-)->tuple[nn.Module, nn.Module]: # for pictures and for texts, with random weights
+)->tuple[nn.Module, nn.Module]: # for images and for texts, with random weights
     "What a configuration describes. Raises UserError for sizes that a tower refuses."
     c,act = config,QuickGELU if config.quick_gelu else nn.GELU
     try:
@@ -98,10 +98,10 @@ class CLIP(nn.Module):
         images:Tensor,        # (B, 3, H, W) normalised, any memory layout
         normalize:bool=False, # rows of length 1
     )->Tensor:                # (B, E)
-        "Embed pictures, in the model's own precision. Warns where a single picture meets BatchNorm in training mode. Raises UserError for pixels that are no normalised numbers."
-        if not images.is_floating_point(): raise UserError(f"pictures of type {images.dtype} are not normalised: `preprocess` as `load` gives it does that, or `normalize` in clip_nbdev.data")
+        "Embed images, in the model's own precision. Warns where a single image meets BatchNorm in training mode. Raises UserError for pixels that are no normalised numbers."
+        if not images.is_floating_point(): raise UserError(f"images of type {images.dtype} are not normalised: `preprocess` as `load` gives it does that, or `normalize` in clip_nbdev.data")
         if len(images) == 1 and any(m.training for m in self.visual.modules() if isinstance(m, _BatchNorm)):
-            warnings.warn("one picture in training mode: BatchNorm takes its statistics from it alone; call model.eval() first", stacklevel=2)
+            warnings.warn("one image in training mode: BatchNorm takes its statistics from it alone; call model.eval() first", stacklevel=2)
         emb = self.visual(images.to(self.logit_scale.dtype, memory_format=torch.channels_last)).to(self.logit_scale.dtype) # float32 again behind autocast
         return F.normalize(emb, dim=-1) if normalize else emb
 
@@ -123,7 +123,7 @@ class CLIP(nn.Module):
 # %% ../nbs/15_clip.ipynb #d68da2ff
 def released(
     embed_dim,       # size of the shared space
-    img_size,        # side of the pictures in pixels
+    img_size,        # side of the images in pixels
     vision_layers,   # blocks of the image tower
     vision_width,    # of the image tower
     text_width=512,  # of the text tower
@@ -193,7 +193,7 @@ def from_released(
 
 # %% ../nbs/15_clip.ipynb #011521e9
 def gpu_days(
-    ops_per_pair:float,     # operations of one forward pass, picture and caption; a multiply-add is two
+    ops_per_pair:float,     # operations of one forward pass, image and caption; a multiply-add is two
     n_pairs:float,          # pairs seen in the whole training: epochs times data
     peak:float=125e12,      # operations a second of one GPU at best; by default a V100's tensor cores, half precision
     utilisation:float=1.,   # share of the peak that is reached, above 0, at most 1

@@ -242,7 +242,7 @@ def hf_config(
 # %% ../nbs/85_formats.ipynb #f491e3dd
 def with_clip_pixels(
     state:dict,  # released names
-    mean, std,   # three numbers each, which the model's pictures were normalised with
+    mean, std,   # three numbers each, which the model's images were normalised with
 )->dict:         # released names, for CLIP's own mean and deviation
     "Fold another normalisation of the pixels into a ViT's first layer. Raises UserError for a ResNet."
     for what,three in dict(mean=mean, std=std).items():

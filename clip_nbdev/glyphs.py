@@ -78,7 +78,7 @@ def open_font(
 def render(
     char:str,                # one character
     font:str="DejaVuSans",   # as for `font_path`
-    size:int=64,             # side of the picture in pixels
+    size:int=64,             # side of the image in pixels
     margin:float=0.06,       # empty border, as a share of the side
 )->Tensor|None:              # (4, size, size) uint8: colour times coverage, then coverage; None if nothing is drawn
     "Draw a character, cut it out and fit it into a square. Kept for the next call: don't write into it."
@@ -146,22 +146,22 @@ def thumbnail(
 @lru_cache(maxsize=None)
 def concepts(
     extra_fonts:tuple[str, ...]=(), # fonts whose further characters are added, group "extra"
-    alike:float=0.42,               # glyphs whose thumbnails differ nowhere by more are one picture
+    alike:float=0.42,               # glyphs whose thumbnails differ nowhere by more are one image
 )->tuple[Concept, ...]:
     "The corpus: the groups above as DejaVu Sans draws them, less each glyph that looks like an earlier one."
     known = set(font_chars("DejaVuSans"))
     codes = [(code, group) for group,ranges in GROUPS.items() for lo,hi in ranges for code in range(lo, hi+1)]
     chars = [(chr(code), group, "DejaVuSans") for code,group in codes if chr(code) in known]
     chars += [(char, "extra", font) for font in extra_fonts for char in font_chars(font)]
-    found,pictures,kept = {},set(),[]
+    found,images,kept = {},set(),[]
     for char,group,font in chars:
         rgba = None if char in found else render(char, font)
-        if rgba is None or (picture := bytes(rgba.numpy())) in pictures: continue
+        if rgba is None or (image := bytes(rgba.numpy())) in images: continue
         if group not in ("cards","dominoes","extra"):
             small = thumbnail(rgba)
             if kept and (torch.stack(kept)-small).abs().amax(1).min() < alike: continue
             kept.append(small)
-        pictures.add(picture)
+        images.add(image)
         found[char] = Concept(char, unicodedata.name(char).lower(), group, split_of(char))
     return tuple(found.values())
 
@@ -209,7 +209,7 @@ def random_warp(
     stretch:float=0.1,                      # largest change of width and of height
     shear:float=0.12,                       # largest slant
     shift:float=0.12,                       # largest move, in half sides
-)->Tensor:                                  # (n, 2, 3) affine maps from the picture to the glyph
+)->Tensor:                                  # (n, 2, 3) affine maps from the image to the glyph
     "Move, turn, slant and scale a little."
     signed = lambda: torch.rand(n, generator=gen)*2 - 1
     size = zoom[0] + (zoom[1]-zoom[0]) * torch.rand(n, generator=gen)
@@ -247,7 +247,7 @@ def over(
     fg:Tensor,            # (n, 3, 1, 1) colour of the glyphs without own colours
     own:Tensor|None=None, # (n,) True where the glyph has its own colours
 )->Tensor:                # (n, 3, H, W)
-    "Lay glyphs over a picture."
+    "Lay glyphs over an image."
     cover = glyphs[:,-1:]
     if own is None or not own.any(): return torch.lerp(img, fg, cover)
     return img*(1-cover) + torch.where(own[:,None,None,None], glyphs[:,:3], fg*cover)
@@ -300,7 +300,7 @@ class Scene:
         return with_article(f"{text} on a {COLOUR_NAMES[self.ground]} background" if self.told else text)
 
     def spots(self)->list[tuple[int, int, float, float, float]]: # glyph, colour, x, y, radius
-        "Where each glyph stands; the picture reaches from -1 to 1."
+        "Where each glyph stands; the image reaches from -1 to 1."
         dx,dy = RELATIONS.get(self.relation, (0,0))
         found = []
         for side,thing in zip((0.5,-0.5), self.things):
@@ -376,10 +376,10 @@ class GlyphBank:
 def paint_singles(
     bank:GlyphBank,      # drawings
     ids:Tensor,          # (n,) which concepts
-    img_size:int,        # side of the pictures in pixels
+    img_size:int,        # side of the images in pixels
     gen:torch.Generator, # source of chance
-)->tuple[Tensor, Tensor, Tensor, Tensor]: # (n, 3, H, W) pictures 0 to 1, (n,) own colours, (n,) glyph colour, (n,) ground colour
-    "A picture of each concept."
+)->tuple[Tensor, Tensor, Tensor, Tensor]: # (n, 3, H, W) images 0 to 1, (n,) own colours, (n,) glyph colour, (n,) ground colour
+    "An image of each concept."
     glyphs,own = bank.pick(ids, gen)
     fg,bg = colour_pairs()[torch.randint(len(colour_pairs()), (len(ids),), generator=gen)].T
     ground = shade(bg, gen)
@@ -388,7 +388,7 @@ def paint_singles(
 
 # %% ../nbs/01_glyphs.ipynb #437edfb3
 def place(
-    theta:Tensor,  # (n, 2, 3) affine maps from the whole picture to the glyph
+    theta:Tensor,  # (n, 2, 3) affine maps from the whole image to the glyph
     x:Tensor,      # (n,) centre, -1 to 1
     y:Tensor,      # (n,) centre, -1 to 1, downwards
     radius:Tensor, # (n,) half the side
@@ -402,10 +402,10 @@ def place(
 def paint_scenes(
     bank:GlyphBank,      # drawings
     scenes:list[Scene],  # what to paint
-    img_size:int,        # side of the pictures in pixels
+    img_size:int,        # side of the images in pixels
     gen:torch.Generator, # source of chance
-)->Tensor:               # (n, 3, H, W) pictures 0 to 1
-    "A picture of each scene; the first glyphs of all scenes are laid in one step, then the second ones, and so on."
+)->Tensor:               # (n, 3, H, W) images 0 to 1
+    "An image of each scene; the first glyphs of all scenes are laid in one step, then the second ones, and so on."
     img = shade(torch.tensor([s.ground for s in scenes]), gen).expand(-1, -1, img_size, img_size).clone()
     for layer in zip_longest(*(s.spots() for s in scenes)):
         spots = [(row, *spot) for row,spot in enumerate(layer) if spot]
@@ -445,9 +445,9 @@ def select(splits:tuple[str, ...], groups:tuple[str, ...]|None, extra_fonts:tupl
 
 # %% ../nbs/01_glyphs.ipynb #3ce926ef
 class GlyphPairs:
-    "An endless source of (pictures, captions) from named glyphs; `scenes` is the share of pictures with several."
+    "An endless source of (images, captions) from named glyphs; `scenes` is the share of images with several."
     def __init__(self,
-        img_size:int=64,                       # side of the pictures in pixels
+        img_size:int=64,                       # side of the images in pixels
         splits:tuple[str, ...]=("train","val"),# which concepts; "test" never belongs into training
         groups:tuple[str, ...]|None=None,      # which groups, None for all
         fonts:tuple[str, ...]=TRAIN_FONTS,     # fonts that draw the corpus
@@ -464,7 +464,7 @@ class GlyphPairs:
         self.nouns = [(NOUNS[c.char], i) for i,c in enumerate(self.concepts) if c.char in NOUNS and self.bank.plain[i]]
         if scenes and not self.nouns: raise UserError("scenes need concepts that have a noun: include the group misc")
 
-    def singles(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) pictures 0 to 1, captions, names of the concepts
+    def singles(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) images 0 to 1, captions, names of the concepts
         "Pairs of one glyph each."
         ids = self.deck.draw(n)
         img,*rest = paint_singles(self.bank, ids, self.img_size, self.gen)
@@ -473,14 +473,14 @@ class GlyphPairs:
         picks = torch.multinomial(self.template_weights, n, replacement=True, generator=self.gen).tolist()
         return img, [single_caption(*each) for each in zip(names, picks, fg, bg, own)], names
 
-    def scene_pairs(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) pictures 0 to 1, captions, captions
+    def scene_pairs(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) images 0 to 1, captions, captions
         "Pairs of one to four glyphs each, with colours, sizes, counts and relations."
         rng = random.Random(int(torch.randint(2**62, (1,), generator=self.gen)))
         scenes = [random_scene(self.nouns, rng) for _ in range(n)]
         captions = [s.caption() for s in scenes]
         return paint_scenes(self.bank, scenes, self.img_size, self.gen), captions, captions
 
-    def batch(self, n:int)->tuple[Tensor, list[str]]: # (n, 3, H, W) pictures 0 to 1, captions
+    def batch(self, n:int)->tuple[Tensor, list[str]]: # (n, 3, H, W) images 0 to 1, captions
         "The next batch."
         k = round(self.scenes*n)
         parts = [make(m) for make,m in ((self.singles, n-k), (self.scene_pairs, k)) if m]
@@ -501,12 +501,12 @@ def repeated(
 # %% ../nbs/01_glyphs.ipynb #70c82c16
 @dataclass(frozen=True)
 class EvalSet:
-    "Pictures with the classes among which a zero-shot classifier has to choose."
+    "Images with the classes among which a zero-shot classifier has to choose."
     images:Tensor               # (N, 3, H, W) 0 to 1
     labels:Tensor               # (N,) indices into classnames
     classnames:tuple[str, ...]  # K names
     templates:tuple[str, ...]   # sentences with one slot, {}
-    choices:Tensor|None=None    # (N, C) the classes that each picture chooses among, -1 behind the last; None for all
+    choices:Tensor|None=None    # (N, C) the classes that each image chooses among, -1 behind the last; None for all
 
     @property
     def chance(self)->float: # 0 to 1
@@ -531,7 +531,7 @@ def outline(
     return (glyphs - inner).clamp(0,1)
 
 def handwritten_digits(
-    img_size:int=64, # side of the pictures in pixels
+    img_size:int=64, # side of the images in pixels
 )->EvalSet:
     "scikit-learn's 1,797 scanned digits: the one real data set that needs no download."
     data = load_digits()
@@ -543,9 +543,9 @@ def handwritten_digits(
 # %% ../nbs/01_glyphs.ipynb #d4ac2b80
 def eval_set(
     name:str,                # one of SUITE, or "cards_val", "dominoes_val" for choosing a design
-    img_size:int=64,         # side of the pictures in pixels
+    img_size:int=64,         # side of the images in pixels
     n_images:int=500,        # about how many; every class has the same number, at least two
-    seed:int=1234,           # fixed, so that every model sees the same pictures
+    seed:int=1234,           # fixed, so that every model sees the same images
 )->EvalSet:
     "One evaluation set of the corpus. Raises UserError for a name that is not in SUITE."
     if name not in SUITE + ("cards_val", "dominoes_val"): raise UserError(f"no evaluation set {name!r}: there are {', '.join(SUITE)}")

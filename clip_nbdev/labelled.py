@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'SPLITS', 'FLAG', 'TWO', 'THREE', 'AS_TEST', 'CONSTRUCTORS', 'VIDEOS', 'VOC', 'WORDS', 'TARGETS',
-           'Numbered', 'LabelledFiles', 'LabelledData', 'LabelStream', 'visible', 'pictures_below', 'class_folders',
+           'Numbered', 'LabelledFiles', 'LabelledData', 'LabelStream', 'visible', 'images_below', 'class_folders',
            'strays', 'read_classnames', 'rename', 'LabelledOptions', 'open_folder', 'open_table', 'raw_label',
            'from_bytes', 'LabelledShards', 'shard_classes', 'open_shards', 'voc_labels', 'kitti_distance',
            'clevr_count', 'LabelledSet', 'constructor', 'make_set', 'set_names', 'open_set', 'Drawn', 'open_glyphs',
@@ -33,7 +33,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets import VisionDataset
 
 from .core import UserError, data_dir, progress
-from .data import IMAGE_ENDINGS, ShardPairs, is_remote, picture_in, read_piece, read_table, reason, to_text
+from .data import IMAGE_ENDINGS, ShardPairs, is_remote, image_in, read_piece, read_table, reason, to_text
 from .glyphs import SUITE, eval_set
 from .prompts import PAPER_SETS, dataset_prompts, paper_set
 from .scenes import SCENE_SUITE
@@ -42,21 +42,21 @@ from .zeroshot import check_names, suite_set
 
 # %% ../nbs/90_labelled.ipynb #f3430671
 class Numbered:
-    "A part whose pictures have numbers: `get(i)` gives picture and label."
+    "A part whose images have numbers: `get(i)` gives image and label."
     def samples(self,
         part:int=0,         # which share of it, from 0
         n_parts:int=1,      # how many shares there are
-        limit:int|None=None,# so many pictures at most, drawn at random
-    )->Iterator:            # of ((order, name), function that gives picture and label)
-        "A share of the pictures."
+        limit:int|None=None,# so many images at most, drawn at random
+    )->Iterator:            # of ((order, name), function that gives image and label)
+        "A share of the images."
         order = list(range(len(self)))
         if limit is not None and limit < len(self): order = sorted(random.Random(0).sample(order, limit))
         for i in order[part::n_parts]: yield (i, self.called(i)), partial(self.get, i)
 
-    def called(self, i)->str: return f"picture {i}"
+    def called(self, i)->str: return f"image {i}"
 
 class LabelledFiles(Numbered):
-    "Picture files with labels."
+    "Image files with labels."
     def __init__(self, items:list): self.items = items # of (path, label)
     def __len__(self): return len(self.items)
     def get(self, i): return Image.open(self.items[i][0]), self.items[i][1]
@@ -70,7 +70,7 @@ class LabelledFiles(Numbered):
 # %% ../nbs/90_labelled.ipynb #711dad47
 @dataclass
 class LabelledData:
-    "Pictures with classes, in parts, and all that must be fixed beside them."
+    "Images with classes, in parts, and all that must be fixed beside them."
     name:str
     parts:dict                      # "train", "val", "test", or "all" where nobody split it -> function that opens the part
     classnames:tuple                # K names, or tuples of words
@@ -81,7 +81,7 @@ class LabelledData:
 
 # %% ../nbs/90_labelled.ipynb #cdba1406
 class LabelStream(IterableDataset):
-    "The pictures of a part, decoded. One that can't be read or has no label comes as its reason, and nothing else."
+    "The images of a part, decoded. One that can't be read or has no label comes as its reason, and nothing else."
     def __init__(self, part, transform, limit:int|None=None): self.part,self.transform,self.limit = part,transform,limit
 
     def __iter__(self): # yields (name, image or None, label, reason)
@@ -104,14 +104,14 @@ def visible(folder:Path)->list[Path]: # sorted
     "What a person sees in a folder."
     return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
 
-def pictures_below(folder:Path)->list[Path]: # sorted
-    "All pictures of a folder and of the folders in it, hidden ones left out."
+def images_below(folder:Path)->list[Path]: # sorted
+    "All images of a folder and of the folders in it, hidden ones left out."
     found = [p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()]
     return sorted(p for p in found if not any(name.startswith((".", "__MACOSX")) for name in p.relative_to(folder).parts))
 
 def class_folders(
     folder:Path, # to look through
-)->dict[str, dict[str, list[Path]]]: # part -> folder's name -> pictures
+)->dict[str, dict[str, list[Path]]]: # part -> folder's name -> images
     "FOLDER/<class>/…, or FOLDER/{train,val,test}/<class>/…; without a test part, what is called validation is tested. Raises UserError for half a split."
     dirs = [d for d in visible(folder) if d.is_dir()]
     named = [d for d in dirs if d.name.lower() in SPLITS]
@@ -121,12 +121,12 @@ def class_folders(
     if not split or len(split) < len(dirs): split = dict(all=folder)
     if "val" in split and "test" not in split: split["test"] = split.pop("val")
     if len(split) == 1: split = dict(all=next(iter(split.values())))
-    return {part:{d.name:pictures_below(d) for d in visible(where) if d.is_dir()} for part,where in split.items()}
+    return {part:{d.name:images_below(d) for d in visible(where) if d.is_dir()} for part,where in split.items()}
 
 def strays(
     folder:Path, # with class folders, perhaps in parts
 )->int:
-    "How many pictures lie beside class folders, or beside parts."
+    "How many images lie beside class folders, or beside parts."
     beside = [folder, *(d for d in visible(folder) if d.is_dir() and d.name.lower() in SPLITS and any(s.is_dir() for s in visible(d)))]
     return sum(p.suffix.lower() in ENDINGS and p.is_file() for where in beside for p in visible(where))
 
@@ -179,14 +179,14 @@ def open_folder(
     classnames = rename(names, cfg.classnames)
     empty = [name for name in names if not any(part.get(name) for part in found.values())]
     stray = strays(folder)
-    if len(empty) == len(names): raise UserError(f"no class folders with pictures in {folder}: one folder a class is needed, FOLDER/<class>/… or FOLDER/{{train,test}}/<class>/… ({stray} pictures lie in the folder itself)")
-    if empty: notes.append(f"class folders without a picture are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
-    if stray: notes.append(f"{stray} pictures lie beside the class folders, have no class and are left out")
+    if len(empty) == len(names): raise UserError(f"no class folders with images in {folder}: one folder a class is needed, FOLDER/<class>/… or FOLDER/{{train,test}}/<class>/… ({stray} images lie in the folder itself)")
+    if empty: notes.append(f"class folders without an image are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
+    if stray: notes.append(f"{stray} images lie beside the class folders, have no class and are left out")
     kept = [name for name in names if name not in empty]
     number = {name:i for i,name in enumerate(kept)}
     items = {part:[(p, number[name]) for name in kept for p in by_class.get(name, ())] for part,by_class in found.items()}
     for part,rows in items.items():
-        if not rows: raise UserError(f"{folder}: the part {part!r} has class folders and not one picture (known endings: {', '.join(ENDINGS)})")
+        if not rows: raise UserError(f"{folder}: the part {part!r} has class folders and not one image (known endings: {', '.join(ENDINGS)})")
     parts = {part:partial(LabelledFiles, rows) for part,rows in items.items()}
     return LabelledData(folder.name or str(folder), parts, tuple(classnames[names.index(name)] for name in kept), (), notes=notes)
 
@@ -205,9 +205,9 @@ def open_table(
         if max(map(int, names)) >= len(given): raise UserError(f"{path} has a label {max(map(int, names))}, and --classnames {cfg.classnames} {len(given)} names, for 0 to {len(given)-1}")
         return LabelledData(path.stem, dict(all=partial(LabelledFiles, [(p, int(label)) for p,label in rows])), given, ())
     number = {name:i for i,name in enumerate(names)}
-    notes = [f"{len(found)-len(rows)} pictures without a label are left out"] if len(rows) < len(found) else []
+    notes = [f"{len(found)-len(rows)} images without a label are left out"] if len(rows) < len(found) else []
     twice = sum(len(set(labels)) > 1 for labels in found.values())
-    if twice: raise UserError(f"{path}: {twice} pictures have two labels: give each picture one")
+    if twice: raise UserError(f"{path}: {twice} images have two labels: give each image one")
     return LabelledData(path.stem, dict(all=partial(LabelledFiles, [(p, number[label]) for p,label in rows])), rename(names, cfg.classnames), (), notes=notes)
 
 def raw_label(
@@ -226,10 +226,10 @@ def from_bytes(
     sample:dict,  # of a shard
     number:dict,  # label -> class number
 ):
-    "Picture and label of a sample. Raises UserError for a label that has no name."
+    "Image and label of a sample. Raises UserError for a label that has no name."
     label = raw_label(sample)
     if label is not None and label not in number: raise UserError(f"{sample['__key__']}: label {label!r} is none of the {len(number)} classes: check --classnames")
-    return Image.open(io.BytesIO(sample[picture_in(sample)])), None if label is None else number[label]
+    return Image.open(io.BytesIO(sample[image_in(sample)])), None if label is None else number[label]
 
 class LabelledShards:
     "Webdataset shards with labels. They are read as a stream, so that remote ones will do; a limit takes the first samples."
@@ -255,7 +255,7 @@ def shard_classes(
     "Labels and names: from --classnames, from a classnames.txt beside the shards or above them, or from the shards themselves. Raises UserError."
     pairs = ShardPairs(pattern)
     first = next((raw_label(s) for s in read_piece(pairs.shards[0])), None)
-    if first is None: raise UserError(f"the first picture in {pairs.shards[0]} has no label: neither a .cls beside it nor a cls, label, class or class_name in its .json")
+    if first is None: raise UserError(f"the first image in {pairs.shards[0]} has no label: neither a .cls beside it nor a cls, label, class or class_name in its .json")
     near = [] if is_remote(pairs.shards[0]) else [d/"classnames.txt" for d in (Path(pairs.shards[0]).parent, Path(pairs.shards[0]).parent.parent)]
     path = classnames or next((p for p in near if p.is_file()), None)
     if isinstance(first, int):
@@ -351,7 +351,7 @@ def make_set(
     takes,root = inspect.signature(make.__init__).parameters,cfg.root or data_dir() or Path("data")
     more = (dict(root=str(root)) if "root" in takes else {}) | (dict(download=cfg.download) if "download" in takes else {})
     try: data = make(**more, **kwargs)
-    except TypeError as e: raise UserError(f"{make.__name__} takes more than a folder ({reason(e)}): give its pictures as a folder, a table or shards") from None
+    except TypeError as e: raise UserError(f"{make.__name__} takes more than a folder ({reason(e)}): give its images as a folder, a table or shards") from None
     except (RuntimeError, OSError, ImportError, ValueError) as e:
         way = "--download fetches it, --root says where it lies" if "download" in takes else "--root says where it lies"
         raise UserError(f"{make.__name__} can't be read from {root} ({reason(e).split('. ')[0]}): {way}") from None
@@ -393,13 +393,13 @@ def open_set(
 
 # %% ../nbs/90_labelled.ipynb #7a56b1b2
 class Drawn:
-    "A part whose pictures are a tensor."
+    "A part whose images are a tensor."
     def __init__(self, images:Tensor, labels:Tensor): self.images,self.labels = images,labels
     def __len__(self): return len(self.images)
 
 def open_glyphs(
     data:str,          # "glyphs", or "glyphs:NAME,NAME"
-    img_size:int,      # side of the pictures that the model takes
+    img_size:int,      # side of the images that the model takes
     n_images:int=500,  # in each set, about
 )->list[LabelledData]:
     "Evaluation sets of the corpus. Raises UserError."
@@ -453,7 +453,7 @@ def with_training(
 )->LabelledData:
     "Take --train-data for the training part. Raises UserError where its classes are others."
     if cfg.train_data is None: return data
-    if cfg.train_data.partition(":")[0] == "glyphs": raise UserError("--train-data glyphs: the corpus draws its own training pictures, for --data glyphs:NAME")
+    if cfg.train_data.partition(":")[0] == "glyphs": raise UserError("--train-data glyphs: the corpus draws its own training images, for --data glyphs:NAME")
     other = open_data(cfg, cfg.train_data)
     if other.classnames != data.classnames:
         odd = sorted({str(c) for c in data.classnames} ^ {str(c) for c in other.classnames})

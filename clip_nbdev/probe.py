@@ -45,7 +45,7 @@ def tower_features(
 def image_features(
     model:nn.Module,    # with an image tower `visual`, or an image tower itself
     images:Tensor,      # (N, 3, H, W) uint8, or float 0 to 1
-    batch_size:int=256, # pictures at a time
+    batch_size:int=256, # images at a time
 )->Tensor:              # (N, D) float32 on the CPU, not of length 1
     "Features for a probe, in evaluation mode."
     weight,tower = first_weight(model),getattr(model, "visual", model)
@@ -70,10 +70,10 @@ def check_probe(
     x,y = as_array(x),as_array(y)
     if x.dtype.kind in "iub": x = x.astype(np.float32) # pixels as they are
     if x.ndim != 2: raise UserError(f"features must be (N, D), and these are {x.shape}")
-    if len(x) != len(y): raise UserError(f"{len(x)} features and {len(y)} labels: they must be of the same pictures")
-    if not np.isfinite(x).all(): raise UserError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} rows of features hold NaN or infinity: look at the model, or at the pictures")
+    if len(x) != len(y): raise UserError(f"{len(x)} features and {len(y)} labels: they must be of the same images")
+    if not np.isfinite(x).all(): raise UserError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} rows of features hold NaN or infinity: look at the model, or at the images")
     if y.dtype.kind == "b": y = y.astype(int)
-    if y.dtype.kind not in "iu" or y.ndim > 2 or (y < 0).any(): raise UserError("labels must be whole numbers from 0, one a picture, or a table of zeros and ones")
+    if y.dtype.kind not in "iu" or y.ndim > 2 or (y < 0).any(): raise UserError("labels must be whole numbers from 0, one an image, or a table of zeros and ones")
     if y.ndim == 2 and (y.shape[1] < 2 or y.max() > 1): raise UserError(f"a table of labels has zeros and ones, a column for each of at least two classes, and this one is {y.shape} up to {y.max()}: class numbers go into one dimension")
     return x, y
 
@@ -83,7 +83,7 @@ def loss_and_gradient(
     x:Tensor,     # (N, D)
     y:Tensor,     # (N,) 0 to K-1
     l2:float,     # strength of the penalty
-    tile:int,     # pictures at a time
+    tile:int,     # images at a time
 )->tuple[float, np.ndarray]: # what is minimised, and its gradient
     "Mean log-loss and half the squared weights times `l2`; the intercepts are free."
     wide = torch.float32 if x.device.type == "mps" else torch.float64 # in float32 the sum is too coarse for a line search
@@ -161,7 +161,7 @@ def accuracy(
     labels, # (N,) class numbers
     scores, # (N, K)
 )->float:   # 0 to 1
-    "The share of pictures whose best class is the right one."
+    "The share of images whose best class is the right one."
     return float((as_array(scores).argmax(1) == as_array(labels)).mean())
 
 def mean_per_class(
@@ -194,7 +194,7 @@ def roc_auc(
     if labels.ndim == 1: labels = labels[:,None] == np.arange(scores.shape[1])
     if scores.shape[1] == 2 and (labels.sum(1) == 1).all(): labels,scores = labels[:,1:],scores[:,1:] - scores[:,:1]
     occurs = labels.any(0)
-    if not occurs.any() or labels[:,occurs].all(0).any(): raise UserError("ROC AUC needs pictures of at least two classes")
+    if not occurs.any() or labels[:,occurs].all(0).any(): raise UserError("ROC AUC needs images of at least two classes")
     return float(roc_auc_score(labels[:,occurs], scores[:,occurs]))
 
 METRICS = dict(accuracy=accuracy, mean_per_class=mean_per_class, map_11_point=map_11_point, roc_auc=roc_auc)
@@ -228,7 +228,7 @@ def linear_probe(
 )->dict:                # score on test; C; curve: C -> score on val
     "The paper's protocol: sweep C, refit with training and validation data together, report the test data (appendix A.3). Raises UserError."
     parts = [check_probe(*part) for part in (train, val, test)]
-    if parts[2][1].ndim == 2 and metric in (accuracy, mean_per_class): raise UserError("pictures of several classes have no accuracy: give another metric, map_11_point or roc_auc")
+    if parts[2][1].ndim == 2 and metric in (accuracy, mean_per_class): raise UserError("images of several classes have no accuracy: give another metric, map_11_point or roc_auc")
     n_classes = max(y.max()+1 for _,y in parts)
     def fitted(x, y, C, test):
         clf = fit_logistic(x, y, C, max_iter, device)
@@ -247,13 +247,13 @@ def split_val(
     share:float=0.2,  # of each class that is put aside
     seed:int=0,       # the split is a function of it
 )->tuple[Tensor, Tensor]: # indices for training, indices for validation, both in order
-    "Put a share of every class aside, at least one picture and never all: a class of one stays in training. A table of labels is split as one class."
+    "Put a share of every class aside, at least one image and never all: a class of one stays in training. A table of labels is split as one class."
     labels,rng = as_array(labels),np.random.default_rng(seed)
     if not 0 < share < 1: raise UserError(f"share {share} must lie between 0 and 1")
     groups = [np.arange(len(labels))] if labels.ndim == 2 else [np.flatnonzero(labels == k) for k in np.unique(labels)]
     aside = [rng.permutation(g)[:min(len(g)-1, max(1, round(share*len(g))))] for g in groups]
     val = np.sort(np.concatenate(aside))
-    if not len(val): raise UserError("every class has one picture alone, so none can be put aside for validation")
+    if not len(val): raise UserError("every class has one image alone, so none can be put aside for validation")
     return torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val)), torch.from_numpy(val)
 
 # %% ../nbs/32_probe.ipynb #68ce8c55
@@ -270,7 +270,7 @@ def few_shot(
 )->dict[int, list[float]]: # examples a class -> a score for each draw
     "Probes on a few examples of each class; within a draw the few are part of the many (section 3.1.5). Raises UserError where a class has too few."
     (x,y),test = check_probe(*train),check_probe(*test)
-    if y.ndim == 2: raise UserError("few-shot needs one class a picture, not a table of labels")
+    if y.ndim == 2: raise UserError("few-shot needs one class an image, not a table of labels")
     rows = [np.flatnonzero(y == k) for k in np.unique(y)]
     fewest = min(rows, key=len)
     if len(fewest) < max(shots): raise UserError(f"class {y[fewest[0]]} has {len(fewest)} examples, fewer than {max(shots)} shots: ask for fewer shots, or leave the class out")
@@ -300,7 +300,7 @@ class SupervisedResNet(nn.Module):
     "CLIP's ResNet with a linear classifier in the text tower's place: what is learned from class numbers alone."
     def __init__(self,
         n_classes:int,    # K
-        img_size:int=48,  # side of the pictures in pixels
+        img_size:int=48,  # side of the images in pixels
         width:int=16,     # channels after the stem
         embed_dim:int=128,# numbers that the attention pool gives
     ):
@@ -330,18 +330,18 @@ def supervised_step(
 
 # %% ../nbs/32_probe.ipynb #f7de6061
 def train_supervised(
-    pairs:GlyphPairs,                  # where pictures come from; the classes are its concepts, in their order
-    img_size:int,                      # side of the pictures in pixels, that of `pairs`
+    pairs:GlyphPairs,                  # where images come from; the classes are its concepts, in their order
+    img_size:int,                      # side of the images in pixels, that of `pairs`
     width:int,                         # channels after the stem
     n_steps:int,                       # optimiser steps
     seed:int=0,                        # of the weights
-    batch_size:int=256,                # pictures a step
+    batch_size:int=256,                # images a step
     lr:float=RECIPES["glyphs"]["lr"],  # peak learning rate
     moments:tuple[float, ...]=(1.,),   # shares of the training after which a copy is kept
     device=None,                       # where to compute, default the CPU
 )->tuple[SupervisedResNet, dict[float, SupervisedResNet]]: # the model; moment -> copy; all in evaluation mode
     "Learn to tell the concepts of a corpus apart, with CLIP's recipe: AdamW, warm-up, cosine. Raises UserError for sizes that differ."
-    if img_size != pairs.img_size: raise UserError(f"img_size {img_size}, and the pictures have {pairs.img_size} pixels")
+    if img_size != pairs.img_size: raise UserError(f"img_size {img_size}, and the images have {pairs.img_size} pixels")
     seed_all(seed)
     how,ids = RECIPES["glyphs"],{c.name:i for i,c in enumerate(pairs.concepts)}
     model = SupervisedResNet(len(ids), img_size, width).to(device or "cpu").train()

@@ -24,11 +24,11 @@ from .zeroshot import check_names, embed_images, only, zeroshot_classifier, zero
 
 # %% ../nbs/31_prompts.ipynb #cd268012
 def with_prompts(
-    data:EvalSet,         # pictures, labels, class names and templates
+    data:EvalSet,         # images, labels, class names and templates
     templates,            # T sentences, each with one slot {}
     classnames=None,      # K other names, in the same order; None keeps them
 )->EvalSet:
-    "The same pictures, asked in other words. Raises UserError on bad names or templates."
+    "The same images, asked in other words. Raises UserError on bad names or templates."
     check_names(data.classnames if classnames is None else classnames, templates)
     names = data.classnames if classnames is None else tuple(classnames)
     if len(names) != len(data.classnames): raise UserError(f"{len(names)} class names for {len(data.classnames)} classes")
@@ -38,9 +38,9 @@ def with_prompts(
 def ensemble_probabilities(
     model:nn.Module,      # has encode_image, encode_text and scale
     tokenizer,            # texts -> (B, L) ids
-    data:EvalSet,         # pictures, class names and T templates
+    data:EvalSet,         # images, class names and T templates
     scale=None,           # what cosines are multiplied by; None for the model's own
-    batch_size:int=256,   # pictures at a time
+    batch_size:int=256,   # images at a time
 )->Tensor:                # (N, K) rows that sum to 1
     "The mean over templates of the probabilities that each gives by itself: T products where the mean of embeddings needs one. Raises UserError on bad names or templates."
     check_names(data.classnames, data.templates)
@@ -57,7 +57,7 @@ def ensemble_probabilities(
 class PaperSet:
     "One of the paper's 27 data sets."
     name:str                # as the paper has it
-    torchvision:str|None    # class in torchvision.datasets; None where that offers no labelled pictures (UCF101 gives videos, and the paper takes a frame of each)
+    torchvision:str|None    # class in torchvision.datasets; None where that offers no labelled images (UCF101 gives videos, and the paper takes a frame of each)
     benchmark:str|None      # key in the files of clip-benchmark; None where they have nothing
     n_templates:int         # that the authors published
     metric:str="accuracy"   # or mean_per_class, map_11_point, roc_auc, mean_top1_top5

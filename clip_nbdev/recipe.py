@@ -33,7 +33,7 @@ class DataOptions:
     crop_scale:float=0.9           # smallest share of an image's area that the random square crop keeps (not for glyphs)
     merges:str|None=None           # CLIP's released merges; default: a vocabulary learned from the captions
     workers:int=0                  # processes that read and decode images, for each training process; 0 reads in the process itself
-    scenes:float=0.0               # share of pictures with several glyphs, 0 to 1 (glyphs only)
+    scenes:float=0.0               # share of images with several glyphs, 0 to 1 (glyphs only)
     variants:int=0                 # half of the scenes come in families of so many more, which differ in one word; 0 for none (glyphs only)
     hold_out_val:bool=False        # keep the validation concepts out too and evaluate on them: for choosing a design (glyphs only)
     extra_fonts:tuple[str, ...]=() # font files whose characters are added, colour emoji fonts too (glyphs only)
@@ -44,7 +44,7 @@ class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
     preset:str|None=None                                   # model configuration; default that of --init, else glyphs for the glyphs, photos for anything else
     init:Path|None=None                                    # run folder whose weights and vocabulary to begin with
-    img_size:int|None=None                                 # side of the pictures in pixels; default the preset's. With --init, positional embeddings are resized
+    img_size:int|None=None                                 # side of the images in pixels; default the preset's. With --init, positional embeddings are resized
     text_tower:Literal["transformer", "bow"]="transformer" # the causal transformer, or a bag of words (no word order)
     minutes:float|None=None                                # train so many minutes, set-up and evaluation aside. Give one of --minutes, --steps, --epochs; without any, 9.5 minutes
     steps:int|None=None                                    # train so many optimiser steps

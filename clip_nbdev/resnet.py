@@ -87,7 +87,7 @@ class ModifiedResNet(nn.Module):
     def __init__(self,
         layers:tuple[int, int, int, int], # blocks in each of the four stages; (3, 4, 6, 3) is ResNet-50
         embed_dim:int,                    # of the shared space
-        img_size:int=224,                 # side of the pictures in pixels, even and at least 32
+        img_size:int=224,                 # side of the images in pixels, even and at least 32
         width:int=64,                     # channels after the stem; the last stage has 32 times as many
         n_heads:int|None=None,            # of the attention pool, default one for 64 channels
     ):
@@ -118,7 +118,7 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised, any memory layout -> (B, E)
         if x.shape[2:] != (self.img_size, self.img_size):
-            raise ValueError(f"pictures of {tuple(x.shape[2:])} pixels, and the tower's positions are for img_size {self.img_size}")
+            raise ValueError(f"images of {tuple(x.shape[2:])} pixels, and the tower's positions are for img_size {self.img_size}")
         return self.attnpool(self.feature_map(x))
 
 # %% ../nbs/14_resnet.ipynb #982f01bb

@@ -41,9 +41,9 @@ SCENE_SUITE = tuple(f"scenes_{what}" for what in DIFFERENCES)
 
 def scene_set(
     name:str,           # one of SCENE_SUITE
-    img_size:int=64,    # side of the pictures in pixels
+    img_size:int=64,    # side of the images in pixels
     n_images:int=500,   # how many
-    seed:int=1234,      # fixed, so that every model sees the same pictures
+    seed:int=1234,      # fixed, so that every model sees the same images
 )->EvalSet:
     "Scenes, each to be told from those that differ from it in one word. Raises UserError for a name that is not in SCENE_SUITE."
     if name not in SCENE_SUITE: raise UserError(f"no evaluation set {name!r}: there are {', '.join(SCENE_SUITE)}")
@@ -82,7 +82,7 @@ class ScenePairs(GlyphPairs):
         super().__init__(*args, **kwargs)
         self.variants = variants
 
-    def scene_pairs(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) pictures 0 to 1, captions, captions
+    def scene_pairs(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) images 0 to 1, captions, captions
         "Random scenes, then families, the last of them cut short where it does not fit."
         rng = random.Random(int(torch.randint(2**62, (1,), generator=self.gen)))
         scenes = [random_scene(self.nouns, rng) for _ in range(n//2 if self.variants else n)]

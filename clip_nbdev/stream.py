@@ -25,7 +25,7 @@ from .data import ShardPairs, reason
 def to_rgb(
     img:Image.Image, # any mode
 )->Image.Image:      # RGB
-    "Any picture as RGB. Sixteen bits a pixel are scaled to eight: Pillow would cut them off, and nearly all would be white."
+    "Any image as RGB. Sixteen bits a pixel are scaled to eight: Pillow would cut them off, and nearly all would be white."
     if img.mode.startswith("I"): img = Image.fromarray((np.asarray(img).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     if isinstance(img.info.get("transparency"), bytes): img = img.convert("RGBA") # the same colours, without Pillow's warning
     return img.convert("RGB")
@@ -37,7 +37,7 @@ def decode(
     why:list,     # gets the reason of the first broken one
     name:str,     # of the sample
 )->Image.Image|None: # RGB
-    "Open a picture; whatever a broken file makes a decoder raise is counted and forgiven."
+    "Open an image; whatever a broken file makes a decoder raise is counted and forgiven."
     try: return to_rgb(open_image())
     except Exception as e:
         tally[1] += 1
@@ -57,7 +57,7 @@ def check_used(
 
 # %% ../nbs/82_stream.ipynb #55e8000c
 class PairStream(IterableDataset):
-    "Decoded pairs for evaluation: each picture once, in order, with all its captions; broken images and empty captions are skipped and counted."
+    "Decoded pairs for evaluation: each image once, in order, with all its captions; broken images and empty captions are skipped and counted."
     def __init__(self,
         pairs,       # what `open_pairs` gives
         transform,   # PIL image -> (3, H, W) tensor
@@ -101,16 +101,16 @@ def pair_loader(
 def fingerprint(
     img:Image.Image, # decoded
 )->int:              # 0 to 2³² - 1
-    "A checksum of a picture's pixels."
+    "A checksum of an image's pixels."
     return zlib.crc32(img.tobytes())
 
 def draw(
     transform,     # PIL image -> tensor; may draw from torch's generator
     img,           # PIL image
-    captions:list, # of the picture
+    captions:list, # of the image
     key:str,       # what the draws are a function of
 )->tuple[Tensor, str]: # (3, H, W), caption
-    "Crop a picture and choose a caption; torch's generator is left as it was."
+    "Crop an image and choose a caption; torch's generator is left as it was."
     rng = random.Random(key)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(63))
@@ -148,8 +148,8 @@ def distinct(
     fresh,          # iterator of (fingerprint, image, caption), endless
     late:list,      # samples put off earlier
     n:int,          # samples wanted
-)->tuple[list, list]: # n samples of n different pictures, and those put off to the next batch
-    "The next n samples without a picture twice, where there are enough of them: a picture in two rows is its own false negative."
+)->tuple[list, list]: # n samples of n different images, and those put off to the next batch
+    "The next n samples without an image twice, where there are enough of them: an image in two rows is its own false negative."
     batch,put_off,seen = [],[],set()
     queue = iter(late)
     while len(batch) < n:
@@ -191,7 +191,7 @@ def draw_batch(
     place:dict, # its place, which moves along
     n:int,      # samples wanted
 )->list:        # n samples
-    "`distinct`, keeping count of the pictures that were put off, and of those that repeat one of their batch all the same."
+    "`distinct`, keeping count of the images that were put off, and of those that repeat one of their batch all the same."
     before = {id(sample) for sample in place["late"]}
     batch,place["late"] = distinct(fresh, place["late"], n)
     place["tally"][3] += sum(id(sample) not in before for sample in place["late"])
@@ -200,7 +200,7 @@ def draw_batch(
 
 # %% ../nbs/82_stream.ipynb #2a625d8b
 class TrainStream(IterableDataset):
-    "Training batches for ever: a new order each epoch, one caption a picture, no picture twice in a batch, and a place to resume from."
+    "Training batches for ever: a new order each epoch, one caption an image, no image twice in a batch, and a place to resume from."
     def __init__(self,
         pairs,           # what `open_pairs` gives
         transform,       # PIL image -> (3, H, W) uint8 tensor; may draw from torch's generator

@@ -61,7 +61,7 @@ class Source:
 
 def glyph_source(
     cfg:TrainConfig, # options
-    img_size:int,    # side of the pictures
+    img_size:int,    # side of the images
     rank:int,        # this process
 )->Source:
     "Glyphs drawn on the spot, by each process with a seed of its own."
@@ -73,7 +73,7 @@ def glyph_source(
 
 def file_source(
     cfg:TrainConfig, # options
-    img_size:int,    # side of the pictures
+    img_size:int,    # side of the images
     rank:int,        # this process
     world:int,       # number of processes
 )->Source:
@@ -194,7 +194,7 @@ def make_accelerator(
 
 def embed(
     trainer,       # set up, of class `Trainer`
-    images:Tensor, # (B, 3, H, W) pictures 0 to 1, or uint8
+    images:Tensor, # (B, 3, H, W) images 0 to 1, or uint8
     tokens:Tensor, # (B, L) ids
 )->tuple[Tensor, ...]: # unit embeddings (B, E) twice, scale, and the bias where there is one
     "Both towers, in float32 behind whatever precision they were computed in."
@@ -474,7 +474,7 @@ def finish(
     if not acc.is_main_process: return {}
     last = dict(steps=t.step, seconds=round(t.seconds, 1), pairs=t.step*t.n_global, batch=t.n_global, waiting=round(t.waited/t.seconds, 3),
                 repeated_captions=round(repeats, 4), **found)
-    if counts is not None: last |= dict(zip(("used", "broken_images", "empty_captions", "put_off", "repeated_pictures"), counts))
+    if counts is not None: last |= dict(zip(("used", "broken_images", "empty_captions", "put_off", "repeated_images"), counts))
     write_report(cfg, model, t.tokenizer, last, t.losses)
     meter.write(**last)
     return last
@@ -530,7 +530,7 @@ def short_run(
     batch_size:int=128,    # pairs a step
     lr:float=3e-3,         # peak learning rate
     lm_weight:float=0.,    # of a language-model loss beside the contrastive one
-    scenes:float=0.,       # share of pictures with several glyphs
+    scenes:float=0.,       # share of images with several glyphs
     prepare=None,          # function of the Trainer, called before the first step
     pairs:GlyphPairs|None=None, # other pairs than the corpus gives by itself
     watch=None,            # function of the step and the Trainer, called after each step
@@ -556,7 +556,7 @@ def trial(
     build,                 # as for `short_run`, which takes all else
     seed:int=0,            # weights and pairs
     batch_size:int=128,    # pairs a step
-    scenes:float=0.,       # share of pictures with several glyphs
+    scenes:float=0.,       # share of images with several glyphs
     names:tuple[str, ...]=("symbols", "cards_unseen", "dominoes_unseen"), # evaluation sets
     **how,                 # other arguments of `short_run`, and options of TrainConfig
 )->dict:                   # loss on fresh pairs, accuracies, and lm_loss where there is one

@@ -31,7 +31,7 @@ from .core import UserError, progress
 from .data import MEAN, STD, normalize, reason
 from .evaluate import EvalConfig, Parts, resolved, zero_shot
 from .glyphs import GlyphPairs
-from .labelled import LabelledData, LabelledFiles, open_data, pictures_below, prepared
+from .labelled import LabelledData, LabelledFiles, open_data, images_below, prepared
 from .prompts import dataset_prompts, paper_set
 from .sources import RELEASES, release_of, sha256
 from .stream import one_line
@@ -108,9 +108,9 @@ def check_pixels(
 )->dict:
     "Preprocessing, pixel by pixel."
     rng,reference = np.random.default_rng(0),reference_transform(img_size)
-    pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h,w in SHAPES]
-    gap = max((preprocess(p) - reference(p)).abs().max().item() for p in pictures)
-    return line("preprocessing against torchvision's, largest difference", "below 1e-5", f"{gap:.1e} over {len(SHAPES)} pictures", gap < 1e-5)
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h,w in SHAPES]
+    gap = max((preprocess(p) - reference(p)).abs().max().item() for p in images)
+    return line("preprocessing against torchvision's, largest difference", "below 1e-5", f"{gap:.1e} over {len(SHAPES)} images", gap < 1e-5)
 
 def check_tokens(
     tokenizer, # of the model
@@ -138,9 +138,9 @@ def peer_of(
 def check_embeddings(
     model:CLIP,     # float32, evaluation mode, on the CPU
     tokenizer,      # of the model
-    n:int=4,        # pictures and captions
+    n:int=4,        # images and captions
 )->list[dict]:
-    "Embeddings of drawn pictures and their captions against open_clip's, and the logits."
+    "Embeddings of drawn images and their captions against open_clip's, and the logits."
     what = "embeddings against open_clip's, largest difference"
     if not find_spec("open_clip"): return [line(what, "", "open_clip is not installed: pip install open_clip_torch", None)]
     try: peer = peer_of(model)
@@ -202,8 +202,8 @@ def open_imagenet_v2(
     "ImageNet-V2 with the authors' class names and 80 templates. Raises UserError for another folder, and where clip-benchmark, which carries the names, is missing."
     if not folder.is_dir(): raise UserError(f"no folder {folder}")
     classes = [d for d in folder.iterdir() if d.is_dir() and d.name.isdigit() and int(d.name) < 1000]
-    items = [(p, int(d.name)) for d in sorted(classes, key=lambda d: int(d.name)) for p in pictures_below(d)]
-    if not items: raise UserError(f"{folder} has no class folders 0 to 999 with pictures: ImageNet-V2 comes as imagenetv2-matched-frequency-format-val")
+    items = [(p, int(d.name)) for d in sorted(classes, key=lambda d: int(d.name)) for p in images_below(d)]
+    if not items: raise UserError(f"{folder} has no class folders 0 to 999 with images: ImageNet-V2 comes as imagenetv2-matched-frequency-format-val")
     names,templates = dataset_prompts("ImageNet")
     return LabelledData("ImageNet-V2", dict(all=partial(LabelledFiles, items)), names, templates)
 
@@ -220,9 +220,9 @@ class VerifyConfig:
     data:Annotated[tuple[str, ...], tyro.conf.UseAppendAction]=() # another set to measure, as `clip_nbdev.evaluate --data` takes it (CIFAR10); may be given several times
     root:Path|None=None           # where torchvision's data sets lie; default $CLIP_NBDEV_DATA, else ./data
     download:bool=False           # let torchvision fetch a data set that is not there
-    limit:int|None=None           # look at so many pictures, drawn at random; accuracies are then shown and not judged
-    batch_size:int=64             # pictures at a time
-    workers:int=0                 # processes that read pictures
+    limit:int|None=None           # look at so many images, drawn at random; accuracies are then shown and not judged
+    batch_size:int=64             # images at a time
+    workers:int=0                 # processes that read images
     device:str|None=None          # cuda, mps or cpu, for accuracies; default the fastest at hand. All else is done on the CPU in float32
     out:Path=Path("runs/verify")  # folder for the table (verify.csv), features and classifiers
 
@@ -248,7 +248,7 @@ def accuracies(
         wanted,mark = published(opened.name, name)
         near = wanted is not None and abs(score - wanted) <= NEAR
         why = "no published score is known" if wanted is None else "a part of the set" if cfg.limit else "the published score is from memory" if mark and not near else ""
-        rows.append(line(f"zero-shot on {opened.name}, {opened.metric.replace('_', ' ')}, %", "" if wanted is None else f"{wanted:.1f}{f' {mark}' if mark else ''}", f"{score:.2f} ({n:,} pictures){f'; {why}' if why else ''}", None if why else near))
+        rows.append(line(f"zero-shot on {opened.name}, {opened.metric.replace('_', ' ')}, %", "" if wanted is None else f"{wanted:.1f}{f' {mark}' if mark else ''}", f"{score:.2f} ({n:,} images){f'; {why}' if why else ''}", None if why else near))
     model.cpu()
     return rows
 

@@ -17,7 +17,7 @@ REPO = Path(__file__).parents[1]
 def repo(): return REPO
 
 
-def picture(seed, side=48):
+def image(seed, side=48):
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.NEAREST)
 
@@ -44,8 +44,8 @@ def write_shards(folder):
     for shard in range(2):
         with tarfile.open(folder/f"pairs-{shard:04d}.tar", "w") as tar:
             for i in range(24*shard, 24*shard + 24):
-                data = b"not an image" if i == 5 else as_bytes(picture(i))
-                text = " \n" if i == 7 else f"picture number {i}\nthe {i}th square"
+                data = b"not an image" if i == 5 else as_bytes(image(i))
+                text = " \n" if i == 7 else f"image number {i}\nthe {i}th square"
                 for name, content in ((f"{i:05d}.png", data), (f"{i:05d}.txt", text.encode())):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)

@@ -54,7 +54,7 @@ def drawings():
     "Each symbol of the corpus once, at 80 pixels, so that both programs have to resize it; its class; the class names."
     data = eval_set("symbols", 80, 1)
     everything = data.labels.tolist()
-    first = [i for i, label in enumerate(everything) if label not in everything[:i]] # two like pictures would be each other's answers
+    first = [i for i, label in enumerate(everything) if label not in everything[:i]] # two like images would be each other's answers
     images, labels = data.images[first], [everything[i] for i in first]
     images = images if images.dtype == torch.uint8 else (255*images).round().byte()
     return images.permute(0, 2, 3, 1).numpy(), labels, data.classnames

@@ -1,4 +1,4 @@
-"The evaluation command as users start it: on pictures that nobody prepared, on shards, on torchvision's layouts, and with mistakes."
+"The evaluation command as users start it: on images that nobody prepared, on shards, on torchvision's layouts, and with mistakes."
 import io
 import json
 import os
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import as_bytes, picture
+from conftest import as_bytes, image
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,24 +32,24 @@ TINY = ("--model", "tiny", "--random-weights", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def mess(tmp_path_factory):
-    "Three classes of pictures in all modes, and everything else that lies about in folders."
-    folder = tmp_path_factory.mktemp("data")/"pictures"
+    "Three classes of images in all modes, and everything else that lies about in folders."
+    folder = tmp_path_factory.mktemp("data")/"images"
     for k, name in enumerate(("red_fox", "polar-bear", "owl")):
         for i, mode in enumerate(("RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "RGB", "RGB", "RGB")):
             path = folder/name/("deep/deeper" if i == 8 else "")/f"{i}.{'jpg' if mode in ('RGB', 'L', 'CMYK') else 'png'}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture(100*k + i, 20 + 5*i).convert(mode).save(path)
+            image(100*k + i, 20 + 5*i).convert(mode).save(path)
         Image.fromarray(np.random.default_rng(k).integers(0, 65535, (30, 40), dtype=np.uint16)).save(folder/name/"sixteen.png")
         Image.new("RGB", (1, 1)).save(folder/name/"dot.png")
-    (folder/"owl"/"broken.jpg").write_bytes(b"not a picture")
-    (folder/"owl"/"cut.png").write_bytes(as_bytes(picture(1))[:200])
+    (folder/"owl"/"broken.jpg").write_bytes(b"not an image")
+    (folder/"owl"/"cut.png").write_bytes(as_bytes(image(1))[:200])
     (folder/"owl"/"Thumbs.db").write_bytes(b"x")
     (folder/"readme.txt").write_text("hello")
     (folder/"empty").mkdir()
     for hidden in (".git", "__MACOSX", "owl/.thumbs"):
         (folder/hidden).mkdir()
-        picture(1).save(folder/hidden/"x.png")
-    picture(2).save(folder/"stray.png")
+        image(1).save(folder/hidden/"x.png")
+    image(2).save(folder/"stray.png")
     return folder
 
 
@@ -61,9 +61,9 @@ def test_a_folder_that_nobody_prepared(mess, tmp_path):
     assert found.how.tolist() == ["bare names", "“a photo of a {}.”", "all 18 examples", "1 of each class", "2 of each class"]
     assert set(found.n) == {18} and np.allclose(found.chance, 1/3) and found.score.between(0, 1).all()
     about = json.loads((tmp_path/"out"/"results.json").read_text())
-    assert about["sets"]["pictures"]["classes"] == [["owl"], ["polar bear"], ["red fox"]]
+    assert about["sets"]["images"]["classes"] == [["owl"], ["polar bear"], ["red fox"]]
     said = done.stderr.replace("\n", " ")
-    for note in ("class folders without a picture are left out: empty", "1 pictures lie beside the class folders", "2 of 38 pictures (all) can't be used", "one half (seed 0)"): assert note in said, note
+    for note in ("class folders without an image are left out: empty", "1 images lie beside the class folders", "2 of 38 images (all) can't be used", "one half (seed 0)"): assert note in said, note
     assert "zero-shot" in done.stdout and "chance %" in done.stdout and "red fox" not in done.stderr
     assert sorted(p.name for p in (tmp_path/"out"/"figures").iterdir()) == ["classes.png", "few_shot.png", "predictions.png"]
     assert all(f"figures/{p.name}" in (tmp_path/"out"/"report.md").read_text() for p in (tmp_path/"out"/"figures").iterdir())
@@ -78,7 +78,7 @@ def test_workers_batches_and_cache_change_nothing(mess, tmp_path):
     assert torch.equal(ours["labels"], theirs["labels"])
     torch.testing.assert_close(ours["x"], theirs["x"], atol=1e-5, rtol=1e-3)
     again = evaluate(EvalConfig(**how, out=tmp_path/"a", overwrite=True))
-    pd.testing.assert_frame_equal(first, other, atol=0.06) # a picture on the edge may fall to the other side
+    pd.testing.assert_frame_equal(first, other, atol=0.06) # an image on the edge may fall to the other side
     pd.testing.assert_frame_equal(first, again)
     assert sorted((tmp_path/"a"/"cache").iterdir()) == kept
 
@@ -87,7 +87,7 @@ def test_limit_is_fair_and_repeatable(mess, tmp_path):
     how = dict(model="tiny", random_weights=True, data=str(mess), device="cpu", limit=12)
     a, b = (evaluate(EvalConfig(**how, out=tmp_path/name, workers=n)) for name, n in (("a", 0), ("b", 2)))
     assert 10 <= a.n[0] <= 12 and (a.n == b.n).all()
-    classes = json.loads((tmp_path/"a"/"results.json").read_text())["sets"]["pictures"]["per_class"]
+    classes = json.loads((tmp_path/"a"/"results.json").read_text())["sets"]["images"]["per_class"]
     assert len(classes) == 3 # not the first class alone
 
 
@@ -96,10 +96,10 @@ def test_shards_with_captions_and_with_labels(shards, tmp_path):
     assert done.returncode == 0, done.stderr
     found = pd.read_csv(tmp_path/"captions"/"results.csv")
     assert found.metric.tolist() == ["recall@1", "recall@5", "recall@10"]*2 and set(found.n) == {46}
-    assert "1 pictures can't be read and 1 have no caption" in done.stderr
+    assert "1 images can't be read and 1 have no caption" in done.stderr
     with tarfile.open(tmp_path/"labels.tar", "w") as tar:
         for i in range(20):
-            for name, content in ((f"{i:03d}.png", as_bytes(picture(i))), (f"{i:03d}.cls", str(i % 2).encode())):
+            for name, content in ((f"{i:03d}.png", as_bytes(image(i))), (f"{i:03d}.cls", str(i % 2).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -113,8 +113,8 @@ def test_shards_with_captions_and_with_labels(shards, tmp_path):
 def test_a_table_with_labels_and_captions(tmp_path):
     lines = ["image,kind,text"]
     for i in range(12):
-        picture(i).save(tmp_path/f"{i}.png")
-        lines.append(f"{i}.png,{('red_fox', 'bear')[i % 2]},picture number {i}")
+        image(i).save(tmp_path/f"{i}.png")
+        lines.append(f"{i}.png,{('red_fox', 'bear')[i % 2]},image number {i}")
     (tmp_path/"table.csv").write_text("\n".join([*lines, "gone.png,bear,nothing"]))
     how = dict(image_col="image", label_col="kind", caption_col="text", out=tmp_path/"out", device="cpu")
     found = evaluate(EvalConfig(model="tiny", random_weights=True, data=str(tmp_path/"table.csv"), tasks="zeroshot,retrieval", **how))
@@ -128,7 +128,7 @@ def test_a_split_folder_uses_its_split(tmp_path):
         for i in range(2*n):
             path = tmp_path/"data"/part/("fox", "bear")[i % 2]/f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture(i).save(path)
+            image(i).save(path)
     found = evaluate(EvalConfig(model="tiny", random_weights=True, data=str(tmp_path/"data"), tasks="zeroshot,probe", out=tmp_path/"out", device="cpu"))
     assert set(found.n) == {6} and "all 16 examples" in found.how.tolist()
 
@@ -163,7 +163,7 @@ def test_a_mistake_is_one_line(mess, tmp_path, options, said, capsys, monkeypatc
 
 def jpeg(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed).save(path)
+    image(seed).save(path)
 
 
 def fake_cifar(root, monkeypatch):

@@ -94,7 +94,7 @@ def test_accelerates_own_gather_drops_the_graph(tmp_path, monkeypatch):
     spawn(gather_worker, (tmp_path/"store",), nprocs=2)
 
 
-def texts_and_pictures():
+def texts_and_images():
     gen = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 1000, (8, 10), generator=gen)
     tokens[:, -1] = 1023
@@ -113,7 +113,7 @@ def towers_worker(rank, world, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     model = towers()
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    images, tokens = (x.chunk(world)[rank] for x in texts_and_pictures())
+    images, tokens = (x.chunk(world)[rank] for x in texts_and_images())
     loss_of_both_kinds(wrapped, model, images, tokens).backward()
     torch.save({k: p.grad for k, p in model.named_parameters()}, f"{out}-{rank}.pt")
     dist.barrier()
@@ -123,7 +123,7 @@ def towers_worker(rank, world, store, out):
 def test_data_parallel_towers_with_a_language_model_have_the_gradients_of_one_process(tmp_path):
     spawn(towers_worker, (2, tmp_path/"store", tmp_path/"out"), nprocs=2)
     model = towers()
-    loss_of_both_kinds(model, model, *texts_and_pictures()).backward()
+    loss_of_both_kinds(model, model, *texts_and_images()).backward()
     for rank in range(2):
         for name, grad in torch.load(tmp_path/f"out-{rank}.pt").items():
             torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-9, atol=1e-12, msg=name)

@@ -63,8 +63,8 @@ def test_run_folder_opens_in_open_clip(tmp_path, small_suite):
         end = ours.index(tokenizer.eos_id) + 1
         assert ours[:end] == other[:end]
     img, _ = GlyphPairs(32, groups=("dice",)).batch(4)
-    pictures = [Image.fromarray((i.permute(1, 2, 0)*255).byte().numpy()).resize((50, 41)) for i in img]
-    ours_img, their_img = (torch.stack([p(x) for x in pictures]) for p in (preprocess, their_preprocess))
+    images = [Image.fromarray((i.permute(1, 2, 0)*255).byte().numpy()).resize((50, 41)) for i in img]
+    ours_img, their_img = (torch.stack([p(x) for x in images]) for p in (preprocess, their_preprocess))
     torch.testing.assert_close(ours_img, their_img)
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(ours_img), theirs.encode_image(their_img), rtol=1e-5, atol=1e-5)
@@ -260,19 +260,19 @@ def test_leftovers_of_a_kill_do_not_stop_a_resume(tmp_path, small_suite, monkeyp
 
 
 def test_a_failed_evaluation_does_not_lose_the_model(tmp_path, small_suite, monkeypatch):
-    def fail(*args): raise UserError("no pictures")
+    def fail(*args): raise UserError("no images")
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "evaluate", fail)
-        with pytest.raises(UserError, match="no pictures. Last good checkpoint: .*step-00000004"): train(tiny(tmp_path/"run"))
+        with pytest.raises(UserError, match="no images. Last good checkpoint: .*step-00000004"): train(tiny(tmp_path/"run"))
     load(tmp_path/"run")
     assert train(tiny(tmp_path/"run", resume=True))["steps"] == 4
 
 
-def test_rows_that_share_their_picture_are_reported(tmp_path):
+def test_rows_that_share_their_image_are_reported(tmp_path):
     Path(tmp_path/"data").mkdir()
     for i in range(20): Image.new("RGB", (32, 32), "red").save(tmp_path/"data"/f"{i}.png"), (tmp_path/"data"/f"{i}.txt").write_text(f"red square {i}")
     last = train(tiny(tmp_path/"run", data=str(tmp_path/"data")))
-    assert last["repeated_pictures"] == 4*7 and "in a batch twice all the same, for want of others: 28" in (tmp_path/"run"/"report.md").read_text()
+    assert last["repeated_images"] == 4*7 and "in a batch twice all the same, for want of others: 28" in (tmp_path/"run"/"report.md").read_text()
 
 
 def test_init_refuses_what_it_would_ignore(tmp_path, small_suite):
@@ -307,7 +307,7 @@ def test_tracker_is_written(tmp_path, small_suite):
 
 
 class NoisePairs(GlyphPairs):
-    "Pairs whose pictures say nothing."
+    "Pairs whose images say nothing."
     def batch(self, n):
         images, captions = super().batch(n)
         return torch.full_like(images, 0.5), captions
@@ -350,10 +350,10 @@ class NoisePairs(GlyphPairs):
 def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32)).save("one.png")
-    Path("table.csv").write_text("filepath,text\none.png,a picture\n")
+    Path("table.csv").write_text("filepath,text\none.png,an image\n")
     Path("blank.csv").write_text("filepath,caption\none.png,  \n")
-    Path("bad.png").write_text("no picture")
-    Path("broken.csv").write_text("filepath,text\nbad.png,a picture\n")
+    Path("bad.png").write_text("no image")
+    Path("broken.csv").write_text("filepath,text\nbad.png,an image\n")
     Path("old").mkdir()
     Path("old/config.json").write_text("{}")
     Path("other").mkdir()
