@@ -9,6 +9,7 @@ __all__ = ['open_clip_config', 'write_json', 'check_tokenizer', 'save_model', 'm
 # %% ../nbs/88_checkpoint.ipynb #c1504b9d
 import json
 import shutil
+import warnings
 from dataclasses import MISSING, asdict, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -165,7 +166,7 @@ def is_run(folder:Path)->bool: # whether our own training wrote it
 
 # %% ../nbs/88_checkpoint.ipynb #45abe43b
 def load(
-    name_or_path:str|Path,         # "glyphs", which ships; a run, a folder or a file of others, or hf-hub:owner/name; with `weights` a model's name
+    name_or_path:str|Path,         # "pocket", which ships; a run, a folder or a file of others, or hf-hub:owner/name; with `weights` a model's name
     weights:str|Path|None=None,    # where a name's weights are: a path, hf-hub:owner/name, or "openai" to download the released ones
     quick_gelu:bool|None=None,     # the activation, asked for where neither a name nor a configuration tells it
     tokenizer=None,                # BPETokenizer, a folder with one, or the released merges file, where the weights come without
@@ -177,7 +178,10 @@ def load(
     name = str(name_or_path)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point: raise UserError(f"dtype must be a floating type of PyTorch such as torch.bfloat16, not {dtype!r}")
     if img_size is not None and type(img_size) is not int: raise UserError(f"img_size must be a whole number of pixels, not {img_size!r}")
-    folder = shipped().get(name, Path(name_or_path))
+    if name == "glyphs" and weights is None and not exists(Path(name)):
+        warnings.warn("the model that ships with the package is now called 'pocket'", FutureWarning, stacklevel=2)
+        name = "pocket"
+    folder = shipped().get(name, Path(name))
     if weights is not None and is_run(Path(weights)): raise UserError(f"{weights} is a run, which says itself what model it is: load({str(weights)!r})")
     if weights is None and is_run(folder):
         if tokenizer is not None or quick_gelu is not None: raise UserError(f"{folder} is a run, which says itself what its tokenizer and its activation are")

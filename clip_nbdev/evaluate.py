@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .checkpoint import load
-from .clip import CLIP, PRESETS, create_model
+from .clip import CLIP, PRESETS, create_model, preset_name
 from .core import PALETTE, PAPER, UserError, commit, default_device, evaluating, hardware, progress, seed_all, set_style
 from .data import image_transform, is_remote, normalize, open_pairs, reason
 from .glyphs import EvalSet, GlyphPairs
@@ -532,7 +532,7 @@ def new_model(
     texts:list[str],  # to learn a vocabulary from, where no merges are named
 )->tuple[CLIP, BPETokenizer]:
     "Random weights, a function of the seed, and a vocabulary. Raises UserError."
-    c = PRESETS[cfg.model]
+    c = PRESETS[preset_name(cfg.model)]
     tokenizer = BPETokenizer.from_openai(cfg.merges, c.ctx_len) if cfg.merges else BPETokenizer.train(texts, c.vocab_size, c.ctx_len)
     seed_all(cfg.seed)
     return create_model(cfg.model, vocab_size=len(tokenizer)), tokenizer

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from .clip import PRESETS, CLIPConfig
+from .clip import PRESETS, RENAMED, CLIPConfig, preset_name
 from .core import UserError
 from .data import MEAN, STD
 from .formats import config_of, facts_of_hf, facts_of_open_clip, objects, released_names, with_clip_pixels
@@ -23,6 +23,7 @@ def facts_of_name(
     name:str, # a preset, or a model of open_clip's
 )->dict:      # fields of CLIPConfig
     "What a name says of a model. Raises UserError for a name that nobody knows."
+    if name in RENAMED: name = preset_name(name)
     if name in PRESETS: # our own leave it to the data how many tokens there are, and how long a text
         untold = ("text_tower", "logit_bias") + (() if name in RELEASES else ("vocab_size", "ctx_len"))
         return {k:v for k,v in asdict(PRESETS[name]).items() if k not in untold}

@@ -154,7 +154,7 @@ def rename(
 @dataclass
 class LabelledOptions:
     "What is evaluated, on what."
-    model:str="glyphs"          # a model that ships with the package, a run folder, or with --random-weights a preset
+    model:str="pocket"          # a model that ships with the package, a run folder, or with --random-weights a preset
     data:str="glyphs"           # glyphs, or glyphs:NAME for one set of the suite; a data set of torchvision (CIFAR10); a folder with one folder a class; a shard pattern; a .csv or .tsv
     tasks:str="zeroshot"        # any of zeroshot, probe, fewshot, retrieval, with commas between them
     train_data:str|None=None    # where a probe learns, in the form of --data; default: the data's own training part, or else half of the data

@@ -336,14 +336,14 @@ def train_supervised(
     n_steps:int,                       # optimiser steps
     seed:int=0,                        # of the weights
     batch_size:int=256,                # images a step
-    lr:float=RECIPES["glyphs"]["lr"],  # peak learning rate
+    lr:float=RECIPES["small"]["lr"],  # peak learning rate
     moments:tuple[float, ...]=(1.,),   # shares of the training after which a copy is kept
     device=None,                       # where to compute, default the CPU
 )->tuple[SupervisedResNet, dict[float, SupervisedResNet]]: # the model; moment -> copy; all in evaluation mode
     "Learn to tell the concepts of a corpus apart, with CLIP's recipe: AdamW, warm-up, cosine. Raises UserError for sizes that differ."
     if img_size != pairs.img_size: raise UserError(f"img_size {img_size}, and the images have {pairs.img_size} pixels")
     seed_all(seed)
-    how,ids = RECIPES["glyphs"],{c.name:i for i,c in enumerate(pairs.concepts)}
+    how,ids = RECIPES["small"],{c.name:i for i,c in enumerate(pairs.concepts)}
     model = SupervisedResNet(len(ids), img_size, width).to(device or "cpu").train()
     optimizer = torch.optim.AdamW(parameter_groups(model, how["weight_decay"]), lr=lr, betas=(0.9, how["beta2"]), eps=how["eps"])
     wanted,copies = {max(1, round(m*n_steps)):m for m in moments},{}

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .clip import PRESETS
+from .clip import PRESETS, RENAMED, preset_name
 from .core import UserError
 
 # %% ../nbs/20_recipe.ipynb #3672bf05
@@ -42,7 +42,7 @@ class DataOptions:
 @dataclass
 class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
-    preset:str|None=None                                   # model configuration; default that of --init, else glyphs for the glyphs, photos for anything else
+    preset:str|None=None                                   # model configuration; default that of --init, else small for the glyphs, photos for anything else
     init:Path|None=None                                    # run folder whose weights and vocabulary to begin with
     img_size:int|None=None                                 # side of the images in pixels; default the preset's. With --init, positional embeddings are resized
     text_tower:Literal["transformer", "bow"]="transformer" # the causal transformer, or a bag of words (no word order)
@@ -90,8 +90,8 @@ PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":
 PAPER_BATCH = 32_768 # pairs a step, of all processes together
 RECIPES = {name:dict(lr=lr, batch_size=256, warmup=2000, weight_decay=0.2) | (VIT if PRESETS[name].patch_size else RESNET) for name,lr in PAPER_LR.items()}
 SMALL = dict(warmup=60, weight_decay=0.1, **VIT)
-RECIPES |= {"glyphs":     dict(lr=4e-3, batch_size=256) | SMALL, "scenes":     dict(lr=4e-3, batch_size=512) | SMALL,
-            "glyphs-vit": dict(lr=2e-3, batch_size=256) | SMALL,
+RECIPES |= {"small":     dict(lr=4e-3, batch_size=256) | SMALL, "small-56":     dict(lr=4e-3, batch_size=512) | SMALL,
+            "small-vit": dict(lr=2e-3, batch_size=256) | SMALL,
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
             "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
@@ -132,7 +132,7 @@ def check_together(cfg:TrainConfig):
         if cfg.workers: raise UserError("--workers has no meaning for glyphs, which are drawn in the process itself")
     elif cfg.scenes or cfg.hold_out_val or cfg.extra_fonts:
         raise UserError("--scenes, --hold-out-val and --extra-fonts belong to --data glyphs")
-    if cfg.preset is not None and cfg.preset not in PRESETS: raise UserError(f"no preset {cfg.preset!r}: there are {', '.join(PRESETS)}")
+    if cfg.preset is not None: preset_name(cfg.preset)
     if cfg.precision == "fp16" and not torch.cuda.is_available(): raise UserError("--precision fp16 needs a GPU: use bf16 or no")
 
 # %% ../nbs/20_recipe.ipynb #f17ff579
@@ -215,7 +215,7 @@ def preset_of(
     try: about = json.loads((init/"config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise UserError(f"--init {init} is no run folder: its config.json can't be read ({e})") from None
     name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
-    return name if name in PRESETS else None
+    return RENAMED.get(name, name if name in PRESETS else None)
 
 # %% ../nbs/20_recipe.ipynb #579c8d0f
 def resolve(cfg:TrainConfig)->TrainConfig:
@@ -223,7 +223,8 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     check(cfg)
     cfg = replace(cfg)
     if (cfg.minutes, cfg.steps, cfg.epochs) == (None, None, None): cfg.minutes = 9.5
-    cfg.preset = cfg.preset or preset_of(cfg.init) or ("glyphs" if cfg.data == "glyphs" else "photos")
+    name = cfg.preset or preset_of(cfg.init) or ("small" if cfg.data == "glyphs" else "photos")
+    cfg.preset = RENAMED.get(name, name)
     for name,value in RECIPES[cfg.preset].items():
         if getattr(cfg, name) is None: setattr(cfg, name, value)
     if cfg.micro_batch and cfg.micro_batch >= cfg.batch_size: cfg.micro_batch = None # the whole batch at once

@@ -35,7 +35,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load, save_model, with_img_size
-from .clip import PRESETS, RELEASED, CLIP, create_model
+from .clip import PRESETS, RELEASED, RENAMED, CLIP, create_model
 from .core import UserError, evaluating, hardware, progress, seed_all
 from .data import image_transform, normalize, open_pairs, reason
 from .glyphs import GlyphPairs, repeated
@@ -335,6 +335,7 @@ def load_state(
     now,changed = options(trainer.cfg),[]
     def fits(shared):
         before = shared.pop("options")
+        before["preset"] = RENAMED.get(before["preset"], before["preset"])
         changed.extend(k for k in now if now[k] != before.get(k) and k not in ("out", "resume", "overwrite"))
         changed[:] = [f"{k} {before.get(k)} -> {now[k]}" for k in changed]
         fixed = [c for c in changed if c.split()[0] in SAME]

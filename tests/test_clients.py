@@ -39,13 +39,13 @@ def run(*command, cwd):
 
 def their_metrics(name, folder, tmp_path, task):
     "clip-benchmark's command line, as it comes: it knows nothing of us."
-    run("-m", "clip_benchmark.cli", "eval", "--model", f"local-dir:{shipped()['glyphs']}", "--pretrained", "", "--dataset", f"wds/{name}", "--dataset_root", folder, "--task", task,
+    run("-m", "clip_benchmark.cli", "eval", "--model", f"local-dir:{shipped()['pocket']}", "--pretrained", "", "--dataset", f"wds/{name}", "--dataset_root", folder, "--task", task,
         "--recall_k", 1, 5, 10, "--num_workers", 0, "--no_amp", "--batch_size", 100, "--output", tmp_path/"theirs.json", cwd=tmp_path)
     return json.loads((tmp_path/"theirs.json").read_text())["metrics"]
 
 
 def our_metrics(data, tasks, tmp_path, *options):
-    run("-m", "clip_nbdev.evaluate", "--model", "glyphs", "--data", data, "--tasks", tasks, "--out", tmp_path/"ours", "--device", "cpu", *options, cwd=tmp_path)
+    run("-m", "clip_nbdev.evaluate", "--model", "pocket", "--data", data, "--tasks", tasks, "--out", tmp_path/"ours", "--device", "cpu", *options, cwd=tmp_path)
     return json.loads((tmp_path/"ours"/"results.json").read_text())["rows"]
 
 
