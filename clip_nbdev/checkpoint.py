@@ -33,16 +33,22 @@ def open_clip_config(
     config:CLIPConfig, # of our model
 )->dict:               # contents of open_clip_config.json
     "The same architecture in open_clip's words. Raises UserError for a tower that open_clip does not have."
-    if config.text_tower != "transformer": raise UserError(f"open_clip has no text tower of kind {config.text_tower!r}")
+    if config.text_tower != "transformer":
+        raise UserError(f"open_clip has no text tower of kind {config.text_tower!r}")
     layers = config.vision_layers if config.patch_size else list(config.vision_layers)
-    vision = dict(image_size=config.img_size, layers=layers, width=config.vision_width, head_width=config.vision_head_width)
+    vision = dict(image_size=config.img_size, layers=layers, width=config.vision_width,
+                  head_width=config.vision_head_width)
     if config.patch_size: vision["patch_size"] = config.patch_size
-    if config.vision_mlp_width: vision["mlp_ratio"] = (config.vision_mlp_width + 0.5)/config.vision_width # open_clip multiplies and rounds down
-    text = dict(context_length=config.ctx_len, vocab_size=config.vocab_size, width=config.text_width, heads=config.text_heads,
+    # open_clip multiplies and rounds down
+    if config.vision_mlp_width:
+        vision["mlp_ratio"] = (config.vision_mlp_width + 0.5)/config.vision_width
+    text = dict(context_length=config.ctx_len, vocab_size=config.vocab_size,
+                width=config.text_width, heads=config.text_heads,
                 layers=config.text_layers, hf_tokenizer_name=".")
     preprocess = dict(mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest")
     bias = {} if config.logit_bias is None else dict(init_logit_bias=config.logit_bias)
-    return dict(model_cfg=dict(embed_dim=config.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=config.quick_gelu) | bias, preprocess_cfg=preprocess)
+    return dict(model_cfg=dict(embed_dim=config.embed_dim, vision_cfg=vision, text_cfg=text,
+                               quick_gelu=config.quick_gelu) | bias, preprocess_cfg=preprocess)
 
 # %% ../nbs/88_checkpoint.ipynb #775bfe49
 def write_json(
@@ -59,8 +65,13 @@ def check_tokenizer(
     config:CLIPConfig,      # of the model
 ):
     "Raise UserError where a tokenizer can't belong to a model."
-    if len(tokenizer) != config.vocab_size: raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}")
-    if tokenizer.ctx_len > config.ctx_len: raise UserError(f"the tokenizer gives {tokenizer.ctx_len} positions and the model takes {config.ctx_len}")
+    if len(tokenizer) != config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}")
+    if tokenizer.ctx_len > config.ctx_len:
+        raise UserError(
+            f"the tokenizer gives {tokenizer.ctx_len} positions and the model takes "
+            f"{config.ctx_len}")
 
 # %% ../nbs/88_checkpoint.ipynb #1fa21e8c
 def save_model(
@@ -84,7 +95,8 @@ def save_model(
         if for_open_clip: write_json(aside/"open_clip_config.json", open_clip_config(model.config))
         for path in sorted(aside.iterdir()): path.replace(folder/path.name)
     finally: shutil.rmtree(aside, ignore_errors=True)
-    if not for_open_clip: (folder/"open_clip_config.json").unlink(missing_ok=True) # of a model that stood here before
+    # of a model that stood here before
+    if not for_open_clip: (folder/"open_clip_config.json").unlink(missing_ok=True)
 
 # %% ../nbs/88_checkpoint.ipynb #9d296e40
 def misfit(
@@ -92,10 +104,14 @@ def misfit(
     wanted:dict, # state dict of the model
 )->str:          # one line, empty where they fit
     "What keeps weights from fitting a model: the first missing, unexpected and wrongly shaped names."
-    shapes = [f"{k} {tuple(found[k].shape)} instead of {tuple(v.shape)}" for k,v in wanted.items() if k in found and found[k].shape != v.shape]
-    kinds = [f"{k} {str(found[k].dtype).removeprefix('torch.')}" for k,v in wanted.items() if k in found and v.is_floating_point() and not found[k].is_floating_point()]
-    groups = dict(missing=[k for k in wanted if k not in found], unexpected=[k for k in found if k not in wanted], shape=shapes, type=kinds)
-    first = lambda names: ", ".join(names[:3]) + (f" and {len(names)-3} more" if len(names) > 3 else "")
+    shapes = [f"{k} {tuple(found[k].shape)} instead of {tuple(v.shape)}" for k,v in wanted.items()
+              if k in found and found[k].shape != v.shape]
+    kinds = [f"{k} {str(found[k].dtype).removeprefix('torch.')}" for k,v in wanted.items()
+             if k in found and v.is_floating_point() and not found[k].is_floating_point()]
+    groups = dict(missing=[k for k in wanted if k not in found],
+                  unexpected=[k for k in found if k not in wanted], shape=shapes, type=kinds)
+    first = lambda names: ", ".join(names[:3]) + (f" and {len(names)-3} more" if len(names) > 3
+                                                  else "")
     return "; ".join(f"{kind}: {first(names)}" for kind,names in groups.items() if names)
 
 # %% ../nbs/88_checkpoint.ipynb #ba3a9447
@@ -105,15 +121,22 @@ def read_config(
     "Read the model's configuration. Raises UserError for a file that does not hold one."
     path = folder/"config.json"
     try: values = json.loads(path.read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, RecursionError) as e: raise UserError(f"{path} can't be read as JSON: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} can't be read as JSON: {e}") from None
     except (KeyError, TypeError): values = None
-    if not isinstance(values, dict): raise UserError(f"{path} has no field 'model': it was not written by a run of clip_nbdev")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} has no field 'model': it was not written by a run of clip_nbdev")
     names = [f.name for f in fields(CLIPConfig)]
     missing = [f.name for f in fields(CLIPConfig) if f.default is MISSING and f.name not in values]
     unknown = [k for k in values if k not in names]
-    if missing or unknown: raise UserError(f"{path}: missing fields {missing}, unknown fields {unknown}: was it written by another version?")
+    if missing or unknown:
+        raise UserError(
+            f"{path}: missing fields {missing}, unknown fields {unknown}: was it written by "
+            f"another version?")
     layers = values["vision_layers"]
-    try: return CLIPConfig(**values | dict(vision_layers=tuple(layers) if isinstance(layers, list) else layers))
+    try:
+        return CLIPConfig(**values | dict(vision_layers=tuple(layers) if isinstance(layers, list)
+                                          else layers))
     except (TypeError, ValueError) as e: raise UserError(f"{path}: {e}") from None
 
 # %% ../nbs/88_checkpoint.ipynb #23a212ab
@@ -123,8 +146,11 @@ def read_weights(
     "The weights of a run. Raises UserError for a file that is missing or damaged."
     path = folder/"open_clip_model.safetensors"
     try: return load_file(path)
-    except FileNotFoundError: raise UserError(f"no {path}: the folder has a config.json and no weights") from None
-    except (OSError, SafetensorError) as e: raise UserError(f"{path} is damaged or not a safetensors file ({e}): copy it again") from None
+    except FileNotFoundError:
+        raise UserError(f"no {path}: the folder has a config.json and no weights") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(
+            f"{path} is damaged or not a safetensors file ({e}): copy it again") from None
 
 def assemble(
     config:CLIPConfig, # of the model
@@ -134,10 +160,13 @@ def assemble(
     "A model around given weights, all or none: nothing is drawn at random first. Raises UserError where they don't fit."
     try:
         with torch.device("meta"): model = CLIP(config) # shapes without memory
-    except (TypeError, ValueError, RuntimeError) as e: raise UserError(f"{where} describes a model that can't be built: {e}") from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{where} describes a model that can't be built: {e}") from None
     wrong = misfit(state, to_released(model.state_dict()))
     if wrong: raise UserError(f"the weights do not fit {where}: {wrong}")
-    own = lambda v: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True, memory_format=torch.contiguous_format) # a file stays mapped otherwise, and changes with it
+    # a file stays mapped otherwise, and changes with it
+    own = lambda v: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True,
+                         memory_format=torch.contiguous_format)
     model.load_state_dict(from_released({k:own(state.pop(k)) for k in list(state)}), assign=True)
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -161,7 +190,10 @@ def is_run(folder:Path)->bool: # whether our own training wrote it
     try: found = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     except OSError: return False
     except (ValueError, RecursionError): found = None
-    if isinstance(found, dict) and ("model" in found or "model_type" in found or "architecture" in found): return "model" in found # transformers' or timm's
+    # transformers' or timm's
+    if isinstance(found, dict) and ("model" in found or "model_type" in found
+                                    or "architecture" in found):
+        return "model" in found
     return not (isinstance(found, dict) and (folder/"open_clip_config.json").is_file())
 
 # %% ../nbs/88_checkpoint.ipynb #45abe43b
@@ -176,23 +208,35 @@ def load(
 )->tuple[CLIP, v2.Compose, BPETokenizer]: # model in evaluation mode, preprocess for PIL images, tokenizer
     "Open a model. Downloads nothing unless asked. Raises UserError where there is none, or where its parts do not fit together."
     name = str(name_or_path)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point: raise UserError(f"dtype must be a floating type of PyTorch such as torch.bfloat16, not {dtype!r}")
-    if img_size is not None and type(img_size) is not int: raise UserError(f"img_size must be a whole number of pixels, not {img_size!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(
+            f"dtype must be a floating type of PyTorch such as torch.bfloat16, not {dtype!r}")
+    if img_size is not None and type(img_size) is not int:
+        raise UserError(f"img_size must be a whole number of pixels, not {img_size!r}")
     if name == "glyphs" and weights is None and not exists(Path(name)):
-        warnings.warn("the model that ships with the package is now called 'pocket'", FutureWarning, stacklevel=2)
+        warnings.warn("the model that ships with the package is now called 'pocket'", FutureWarning,
+                      stacklevel=2)
         name = "pocket"
     folder = shipped().get(name, Path(name))
-    if weights is not None and is_run(Path(weights)): raise UserError(f"{weights} is a run, which says itself what model it is: load({str(weights)!r})")
+    if weights is not None and is_run(Path(weights)):
+        raise UserError(
+            f"{weights} is a run, which says itself what model it is: load({str(weights)!r})")
     if weights is None and is_run(folder):
-        if tokenizer is not None or quick_gelu is not None: raise UserError(f"{folder} is a run, which says itself what its tokenizer and its activation are")
+        if tokenizer is not None or quick_gelu is not None:
+            raise UserError(
+                f"{folder} is a run, which says itself what its tokenizer and its activation are")
         model,tokenizer = load_run(folder)
     elif weights is None and not name.startswith(HUB) and not exists(folder):
         others = "weights=PATH or weights='openai'" if name in RELEASES else "weights=PATH"
         hint = f"; {name!r} is a preset: create_model gives it with random weights, and {others} with trained ones" if name in PRESETS else ""
-        raise UserError(f"no model in {folder}: `load` takes a folder or a file with weights, hf-hub:owner/name, or a name that ships with the package ({', '.join(shipped())}){hint}")
+        raise UserError(
+            f"no model in {folder}: `load` takes a folder or a file with weights, "
+            f"hf-hub:owner/name, or a name that ships with the package "
+            f"({', '.join(shipped())}){hint}")
     else:
         source,known = (name, None) if weights is None else (weights, name)
-        state,config,tokenizer = open_foreign(source, known, quick_gelu, tokenizer, trust_torchscript)
+        state,config,tokenizer = open_foreign(source, known, quick_gelu, tokenizer,
+                                              trust_torchscript)
         model = assemble(config, state, f"the configuration read from {source}")
     check_tokenizer(tokenizer, model.config)
     if img_size is not None: model = with_img_size(model, img_size)
@@ -207,8 +251,11 @@ def ship(
     model,_,tokenizer = load(run)
     about = json.loads((Path(run)/"config.json").read_text(encoding="utf-8"))
     last = json.loads((Path(run)/"metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    kept = {k:about[k] for k in ("processes", "hardware", "torch")} | {k:last[k] for k in ("steps", "seconds", "pairs", "suite")}
-    save_model(model.half(), tokenizer, folder, train={k:v for k,v in about["train"].items() if k not in ("out", "overwrite", "resume")}, **kept)
+    kept = {k:about[k] for k in ("processes", "hardware", "torch")} | {
+        k:last[k] for k in ("steps", "seconds", "pairs", "suite")}
+    save_model(model.half(), tokenizer, folder,
+               train={k:v for k,v in about["train"].items()
+                      if k not in ("out", "overwrite", "resume")}, **kept)
 
 # %% ../nbs/88_checkpoint.ipynb #6bd37b7a
 def resize_positions(
@@ -219,8 +266,10 @@ def resize_positions(
     old = round((len(positions)-1)**0.5)
     if old == side: return positions
     grid = positions[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    wide = grid.to(torch.promote_types(grid.dtype, torch.float32)) # PyTorch resizes no half precision on CPUs
-    grid = F.interpolate(wide, size=(side, side), mode="bicubic", antialias=True, align_corners=False).to(grid.dtype)
+    # PyTorch resizes no half precision on CPUs
+    wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    grid = F.interpolate(wide, size=(side, side), mode="bicubic", antialias=True,
+                         align_corners=False).to(grid.dtype)
     return torch.cat([positions[:1], grid.permute(0, 2, 3, 1).reshape(side*side, -1)])
 
 # %% ../nbs/88_checkpoint.ipynb #0e4c5696
@@ -229,9 +278,11 @@ def with_img_size(
     img_size:int,  # side of the images in pixels
 )->CLIP:           # a copy with the same weights, type and device, in evaluation mode
     "A model for another resolution (section 2.5 ends with an epoch at 336 pixels). Raises UserError for a size that its tower can't take."
-    other = CLIP(replace(model.config, img_size=img_size)).to(model.logit_scale.device, model.logit_scale.dtype)
+    other = CLIP(replace(model.config, img_size=img_size)).to(model.logit_scale.device,
+                                                              model.logit_scale.dtype)
     state,wanted = dict(model.state_dict()),other.state_dict()
     for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
-        if name in state: state[name] = resize_positions(state[name], round((len(wanted[name])-1)**0.5))
+        if name in state:
+            state[name] = resize_positions(state[name], round((len(wanted[name])-1)**0.5))
     other.load_state_dict(state)
     return other.eval()

@@ -44,19 +44,34 @@ class CLIPConfig:
     logit_bias:float|None=None          # where the bias of the sigmoid loss starts; None for the softmax loss, which has none
 
     def __post_init__(self):
-        if self.text_tower not in ("transformer", "bow"): raise UserError(f"no text tower {self.text_tower!r}: there are transformer and bow")
-        if self.patch_size and not isinstance(self.vision_layers, int): raise UserError(f"a ViT (patch_size {self.patch_size}) takes one number as vision_layers, not {self.vision_layers}")
-        if not self.patch_size and (not isinstance(self.vision_layers, (tuple, list)) or len(self.vision_layers) != 4):
-            raise UserError(f"a ResNet takes four numbers as vision_layers, not {self.vision_layers}; a ViT needs a patch_size")
-        if not self.patch_size and self.vision_mlp_width is not None: raise UserError(f"vision_mlp_width {self.vision_mlp_width} belongs to a ViT, and without a patch_size this is a ResNet")
-        sizes = {f.name:getattr(self, f.name) for f in fields(self) if f.type in (int, int|None)} # and of a ResNet, the blocks of each stage
-        sizes |= {f"vision_layers[{i}]":v for i,v in enumerate(self.vision_layers)} if isinstance(self.vision_layers, (tuple, list)) else dict(vision_layers=self.vision_layers)
+        if self.text_tower not in ("transformer", "bow"):
+            raise UserError(f"no text tower {self.text_tower!r}: there are transformer and bow")
+        if self.patch_size and not isinstance(self.vision_layers, int):
+            raise UserError(
+                f"a ViT (patch_size {self.patch_size}) takes one number as vision_layers, not "
+                f"{self.vision_layers}")
+        if not self.patch_size and (not isinstance(self.vision_layers, (tuple, list))
+                                    or len(self.vision_layers) != 4):
+            raise UserError(
+                f"a ResNet takes four numbers as vision_layers, not {self.vision_layers}; a ViT "
+                f"needs a patch_size")
+        if not self.patch_size and self.vision_mlp_width is not None:
+            raise UserError(
+                f"vision_mlp_width {self.vision_mlp_width} belongs to a ViT, and without a "
+                f"patch_size this is a ResNet")
+        # and of a ResNet, the blocks of each stage
+        sizes = {f.name:getattr(self, f.name) for f in fields(self) if f.type in (int, int|None)}
+        sizes |= {f"vision_layers[{i}]":v for i,v in enumerate(self.vision_layers)} if isinstance(
+            self.vision_layers, (tuple, list)) else dict(vision_layers=self.vision_layers)
         least = {"text_heads":0, "text_layers":0} if self.text_tower == "bow" else {}
         for k,v in sizes.items():
             if v is None and k in ("patch_size", "vision_mlp_width"): continue
-            if type(v) is not int or v < least.get(k, 1): raise UserError(f"{k} must be a whole number above 0, not {v!r}")
-        if type(self.quick_gelu) is not bool: raise UserError(f"quick_gelu must be true or false, not {self.quick_gelu!r}")
-        if self.logit_bias is not None and not isinstance(self.logit_bias, (int, float)): raise UserError(f"logit_bias must be a number, not {self.logit_bias!r}")
+            if type(v) is not int or v < least.get(k, 1):
+                raise UserError(f"{k} must be a whole number above 0, not {v!r}")
+        if type(self.quick_gelu) is not bool:
+            raise UserError(f"quick_gelu must be true or false, not {self.quick_gelu!r}")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, (int, float)):
+            raise UserError(f"logit_bias must be a number, not {self.logit_bias!r}")
 
     @property
     def vision_heads(self)->int: # of each block of a ViT, or of a ResNet's attention pool
@@ -69,10 +84,17 @@ def towers(
     "What a configuration describes. Raises UserError for sizes that a tower refuses."
     c,act = config,QuickGELU if config.quick_gelu else nn.GELU
     try:
-        if c.patch_size: visual = VisionTransformer(c.embed_dim, c.img_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads, act, c.vision_mlp_width)
-        else: visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.img_size, c.vision_width, c.vision_heads)
-        if c.text_tower == "bow": text = BagOfWords(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, act)
-        else: text = TextTransformer(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, c.text_heads, c.text_layers, act)
+        if c.patch_size:
+            visual = VisionTransformer(c.embed_dim, c.img_size, c.patch_size, c.vision_width,
+                                       c.vision_layers, c.vision_heads, act, c.vision_mlp_width)
+        else:
+            visual = ModifiedResNet(c.vision_layers, c.embed_dim, c.img_size, c.vision_width,
+                                    c.vision_heads)
+        if c.text_tower == "bow":
+            text = BagOfWords(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, act)
+        else:
+            text = TextTransformer(c.embed_dim, c.ctx_len, c.vocab_size, c.text_width, c.text_heads,
+                                   c.text_layers, act)
     except ValueError as e: raise UserError(str(e)) from None # the sizes came from a user
     return visual, text
 
@@ -85,8 +107,11 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.visual,self.text = towers(config)
-        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT if config.logit_bias is None else SIGLIP_SCALE_INIT)) # as a 32-bit number
-        if config.logit_bias is not None: self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
+        # as a 32-bit number
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT if config.logit_bias is None
+                                                     else SIGLIP_SCALE_INIT))
+        if config.logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -99,10 +124,18 @@ class CLIP(nn.Module):
         normalize:bool=False, # rows of length 1
     )->Tensor:                # (B, E)
         "Embed images, in the model's own precision. Warns where a single image meets BatchNorm in training mode. Raises UserError for pixels that are no normalised numbers."
-        if not images.is_floating_point(): raise UserError(f"images of type {images.dtype} are not normalised: `preprocess` as `load` gives it does that, or `normalize` in clip_nbdev.data")
-        if len(images) == 1 and any(m.training for m in self.visual.modules() if isinstance(m, _BatchNorm)):
-            warnings.warn("one image in training mode: BatchNorm takes its statistics from it alone; call model.eval() first", stacklevel=2)
-        emb = self.visual(images.to(self.logit_scale.dtype, memory_format=torch.channels_last)).to(self.logit_scale.dtype) # float32 again behind autocast
+        if not images.is_floating_point():
+            raise UserError(
+                f"images of type {images.dtype} are not normalised: `preprocess` as `load` gives "
+                f"it does that, or `normalize` in clip_nbdev.data")
+        if len(images) == 1 and any(m.training for m in self.visual.modules()
+                                    if isinstance(m, _BatchNorm)):
+            warnings.warn(
+                "one image in training mode: BatchNorm takes its statistics from it alone; call "
+                "model.eval() first", stacklevel=2)
+        # float32 again behind autocast
+        emb = self.visual(images.to(self.logit_scale.dtype, memory_format=torch.channels_last)).to(
+            self.logit_scale.dtype)
         return F.normalize(emb, dim=-1) if normalize else emb
 
     def encode_text(self,
@@ -117,8 +150,11 @@ class CLIP(nn.Module):
         images:Tensor, # (B, 3, H, W) normalised
         tokens:Tensor, # (B, L) ids
     )->tuple[Tensor, ...]: # (B, E), (B, E), scalar: unit image and text embeddings, scale; and the bias of the sigmoid loss, where there is one
-        bias = () if self.config.logit_bias is None else (self.logit_bias.clone(),) # FSDP takes its memory back behind `forward`
-        return self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True), self.scale, *bias
+        # FSDP takes its memory back behind `forward`
+        bias = () if self.config.logit_bias is None else (self.logit_bias.clone(),)
+        return self.encode_image(images,
+                                 normalize=True), self.encode_text(tokens,
+                                 normalize=True), self.scale, *bias
 
 # %% ../nbs/15_clip.ipynb #d68da2ff
 def released(
@@ -130,9 +166,11 @@ def released(
     patch_size=None, # side of a patch in pixels; None makes a ResNet
 )->CLIPConfig:
     "A released model: what differs from one to the next."
-    return CLIPConfig(embed_dim, img_size, vision_layers, vision_width, text_width, text_width//64, 12, patch_size)
+    return CLIPConfig(embed_dim, img_size, vision_layers, vision_width, text_width, text_width//64,
+                      12, patch_size)
 
-PRESETS = {                # embed_dim, img_size, vision_layers, vision_width, text_width, patch_size
+# embed_dim, img_size, vision_layers, vision_width, text_width, patch_size
+PRESETS = {
     "RN50":           released(1024, 224, (3,4,6,3),     64),
     "RN101":          released( 512, 224, (3,4,23,3),    64),
     "RN50x4":         released( 640, 288, (4,6,10,6),    80,  640),
@@ -148,27 +186,37 @@ RELEASED = tuple(PRESETS) # the nine models whose weights OpenAI published
 # %% ../nbs/15_clip.ipynb #8b42f5ae
 PRESETS |= {
     "small":     CLIPConfig(embed_dim=128, img_size=48, vision_layers=(1,1,1,1), vision_width=16,
-                             text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
+                             text_width=128, text_heads=4, text_layers=2, ctx_len=40,
+                             vocab_size=2000),
     "small-56":     CLIPConfig(embed_dim=128, img_size=56, vision_layers=(1,1,1,1), vision_width=16,
-                             text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=1300),
-    "small-vit": CLIPConfig(embed_dim=128, img_size=48, vision_layers=4, vision_width=128, patch_size=8, vision_head_width=32,
-                             text_width=128, text_heads=4, text_layers=2, ctx_len=40, vocab_size=2000),
+                             text_width=128, text_heads=4, text_layers=2, ctx_len=40,
+                             vocab_size=1300),
+    "small-vit": CLIPConfig(embed_dim=128, img_size=48, vision_layers=4, vision_width=128,
+                            patch_size=8, vision_head_width=32,
+                             text_width=128, text_heads=4, text_layers=2, ctx_len=40,
+                             vocab_size=2000),
     "photos":     CLIPConfig(embed_dim=256, img_size=64, vision_layers=(1,1,1,1), vision_width=24,
-                             text_width=192, text_heads=3, text_layers=3, ctx_len=77, vocab_size=4096),
+                             text_width=192, text_heads=3, text_layers=3, ctx_len=77,
+                             vocab_size=4096),
     "tiny":       CLIPConfig(embed_dim=32, img_size=32, vision_layers=(1,1,1,1), vision_width=8,
-                             text_width=64, text_heads=2, text_layers=1, ctx_len=40, vocab_size=1024),
-    "tiny-vit":   CLIPConfig(embed_dim=32, img_size=32, vision_layers=2, vision_width=64, patch_size=8, vision_head_width=32,
-                             text_width=64, text_heads=2, text_layers=1, ctx_len=40, vocab_size=1024),
+                             text_width=64, text_heads=2, text_layers=1, ctx_len=40,
+                             vocab_size=1024),
+    "tiny-vit":   CLIPConfig(embed_dim=32, img_size=32, vision_layers=2, vision_width=64,
+                             patch_size=8, vision_head_width=32,
+                             text_width=64, text_heads=2, text_layers=1, ctx_len=40,
+                             vocab_size=1024),
 }
 
-RENAMED = {"glyphs":"small", "glyphs-vit":"small-vit", "scenes":"small-56"} # what three were called at first
+# what three were called at first
+RENAMED = {"glyphs":"small", "glyphs-vit":"small-vit", "scenes":"small-56"}
 
 def preset_name(
     name:str, # as a user or an older file has it
 )->str:       # a key of PRESETS
     "The present name of a preset, with a notice where it had another. Raises UserError for a name that does not exist."
     if name in RENAMED:
-        warnings.warn(f"the preset {name!r} is now called {RENAMED[name]!r}", FutureWarning, stacklevel=3)
+        warnings.warn(f"the preset {name!r} is now called {RENAMED[name]!r}", FutureWarning,
+                      stacklevel=3)
         return RENAMED[name]
     if name in PRESETS: return name
     near = get_close_matches(name, PRESETS, 1)
@@ -212,7 +260,10 @@ def gpu_days(
     passes:float=3,         # forward passes that a training step costs; 4 with gradient checkpointing
 )->float:
     "Days that one GPU would take for a training, or that many GPUs for one day. Raises UserError for what can't be."
-    if not 0 < utilisation <= 1: raise UserError(f"utilisation {utilisation} is a share of the peak: give a number above 0, at most 1")
-    for name,value in dict(ops_per_pair=ops_per_pair, n_pairs=n_pairs, peak=peak, passes=passes).items():
+    if not 0 < utilisation <= 1:
+        raise UserError(
+            f"utilisation {utilisation} is a share of the peak: give a number above 0, at most 1")
+    for name,value in dict(ops_per_pair=ops_per_pair, n_pairs=n_pairs, peak=peak,
+                           passes=passes).items():
         if not 0 < value < float("inf"): raise UserError(f"{name} {value} must be a number above 0")
     return passes*ops_per_pair*n_pairs / (peak*utilisation) / 86400

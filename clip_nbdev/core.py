@@ -67,14 +67,17 @@ def progress(
     return tqdm(items, total=total, desc=desc, **kwargs)
 
 # %% ../nbs/80_core.ipynb #32b1e212
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000") # Okabe and Ito
+# Okabe and Ito
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 PAPER = dict(color="0.55", linestyle="--") # the paper's values: grey and dashed
 
 def set_style():
     "One look for every figure: a palette that colour-blind readers can tell apart, light axes, sharp curves."
     plt.rcParams.update({
-        "axes.prop_cycle": cycler(color=PALETTE), "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 100, "figure.figsize": (6, 3.5), "savefig.bbox": "tight",
+        "axes.prop_cycle": cycler(color=PALETTE), "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 100, "figure.figsize": (6, 3.5),
+        "savefig.bbox": "tight",
         "font.size": 10, "legend.frameon": False, "svg.hashsalt": "clip_nbdev"})
 
 # %% ../nbs/80_core.ipynb #3a45f338
@@ -100,14 +103,17 @@ def hardware()->str: # for example "2 x AMD EPYC 7763", or "NVIDIA H200"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
+                  if line.startswith("model name")]
         name = models[0] if models else name
     return f"{os.cpu_count()} x {name}"
 
 # %% ../nbs/80_core.ipynb #d36b1a0d
 def commit()->str|None: # "db659f6", "db659f6-dirty" where files differ from it, None where git doesn't know
     "The commit that a result comes from."
-    try: git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"],
+                             capture_output=True, text=True)
     except OSError: return None
     return git.stdout.strip() or None
 
@@ -117,7 +123,8 @@ def save_result(
     minutes:float, # wall-clock minutes of the run
 )->Path:           # the file written
     "Write a long run's numbers beside commit, hardware and minutes, for a plot cell to read."
-    about = dict(commit=commit(), hardware=hardware(), minutes=round(minutes, 1), torch=torch.__version__)
+    about = dict(commit=commit(), hardware=hardware(), minutes=round(minutes, 1),
+                 torch=torch.__version__)
     path = results_dir()/f"{name}.json"
     path.write_text(json.dumps(about | values, indent=1) + "\n", encoding="utf-8")
     return path
@@ -127,7 +134,8 @@ def load_result(
 )->dict:
     "Read a result file. Raises UserError where there is none yet."
     path = results_dir()/f"{name}.json"
-    if not path.exists(): raise UserError(f"no result {path}: run the chapter's `slow` cell that writes it")
+    if not path.exists():
+        raise UserError(f"no result {path}: run the chapter's `slow` cell that writes it")
     return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../nbs/80_core.ipynb #4276bd35

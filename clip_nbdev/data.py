@@ -62,7 +62,8 @@ class RandomSquareCrop(nn.Module):
         share = torch.empty(()).uniform_(self.least, 1).item()
         side = max(1, round(min(img.size) * share**0.5))
         left,top = (int(torch.randint(n-side+1, ())) for n in img.size)
-        return resized_crop(img, top, left, side, side, [self.img_size]*2, InterpolationMode.BICUBIC, antialias=True)
+        return resized_crop(img, top, left, side, side, [self.img_size]*2,
+                            InterpolationMode.BICUBIC, antialias=True)
 
 # %% ../nbs/81_data.ipynb #a4428e11
 def normalize_one(
@@ -79,7 +80,9 @@ def image_transform(
 )->T.Compose:               # PIL image -> (3, img_size, img_size)
     "CLIP's preprocessing (section 2.3): bicubic resize and a square crop, random in training and nothing else."
     if train: crop = [RandomSquareCrop(img_size, crop_scale)]
-    else:     crop = [T.Resize(img_size, InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(img_size)]
+    else:
+        crop = [T.Resize(img_size, InterpolationMode.BICUBIC, antialias=True),
+                T.CenterCrop(img_size)]
     return T.Compose([T.RGB(), *crop, T.PILToTensor(), *([normalize_one] if normalized else [])])
 
 # %% ../nbs/81_data.ipynb #0fef529a
@@ -94,7 +97,8 @@ def captions_of(
     else:
         try: fields = json.loads(meta or "{}")
         except ValueError: fields = {}
-        lines = (fields.get("captions") or fields.get("caption")) if isinstance(fields, dict) else None
+        lines = (fields.get("captions")
+                 or fields.get("caption")) if isinstance(fields, dict) else None
         if not isinstance(lines, list): lines = [lines]
     return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
 
@@ -121,7 +125,8 @@ class FilePairs:
     ):
         self.items = [(Path(path), captions) for path,captions in items]
         if not any(captions for _,captions in self.items):
-            raise UserError(f"{what}: no image has a caption that says something (images: {len(self.items)})")
+            raise UserError(
+                f"{what}: no image has a caption that says something (images: {len(self.items)})")
 
     def __len__(self): return len(self.items)
 
@@ -150,11 +155,17 @@ def read_table(
             rows = csv.DictReader(f, delimiter="\t" if str(path).endswith(".tsv") else ",")
             for col in (image_col, caption_col):
                 if col not in (rows.fieldnames or ()):
-                    raise UserError(f"{path} has no column {col!r}: it has {', '.join(rows.fieldnames or ['nothing in it'])}; "
+                    raise UserError(
+                        f"{path} has no column {col!r}: it has "
+                        f"{', '.join(rows.fieldnames or ['nothing in it'])}; "
                                     "name yours with --image-col and --caption-col")
-            for row in rows: found.setdefault(row[image_col] or "", []).extend(captions_of(" ".join((row[caption_col] or "").split())))
-    except UnicodeDecodeError as e: raise UserError(f"{path} is not UTF-8 text ({e.reason}): save it as UTF-8") from None
-    except csv.Error as e: raise UserError(f"{path}, near line {rows.line_num}, is no table ({e})") from None
+            for row in rows:
+                found.setdefault(row[image_col] or "",
+                                 []).extend(captions_of(" ".join((row[caption_col] or "").split())))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason}): save it as UTF-8") from None
+    except csv.Error as e:
+        raise UserError(f"{path}, near line {rows.line_num}, is no table ({e})") from None
     if not found: raise UserError(f"{path} has a header and no rows")
     return found
 
@@ -166,7 +177,8 @@ class TablePairs(FilePairs):
         caption_col:str="caption",   # column of the captions
     ):
         found = read_table(path, image_col, caption_col)
-        super().__init__([(Path(path).parent/img, captions) for img,captions in found.items()], f"{path}, column {caption_col!r}")
+        super().__init__([(Path(path).parent/img, captions) for img,captions in found.items()],
+                         f"{path}, column {caption_col!r}")
 
 # %% ../nbs/81_data.ipynb #3b6fd1fe
 class FolderPairs(FilePairs):
@@ -176,12 +188,20 @@ class FolderPairs(FilePairs):
         template:str="a photo of a {}.",         # caption of an image whose only text is its folder's name
     ):
         files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
-        if not files: raise UserError(f"no image in {path}: looked for {', '.join(IMAGE_ENDINGS)}, also in its sub-folders")
-        def beside(f, ending): return to_text(f.with_suffix(ending).read_bytes()) if f.with_suffix(ending).is_file() else None
+        if not files:
+            raise UserError(
+                f"no image in {path}: looked for {', '.join(IMAGE_ENDINGS)}, also in its "
+                f"sub-folders")
+        def beside(f, ending):
+            return to_text(f.with_suffix(ending).read_bytes()) if f.with_suffix(ending).is_file(
+                ) else None
         texts = [(beside(f, ".txt"), beside(f, ".json")) for f in files]
-        if any(text is not None for pair in texts for text in pair): captions = [captions_of(*pair) for pair in texts]
+        if any(text is not None for pair in texts for text in pair):
+            captions = [captions_of(*pair) for pair in texts]
         elif any(f.parent == Path(path) for f in files):
-            raise UserError(f"images in {path} have no captions: put a .txt beside each, or sort them into one folder a class")
+            raise UserError(
+                f"images in {path} have no captions: put a .txt beside each, or sort them into one "
+                f"folder a class")
         else: captions = [[template.format(f.parent.name.replace("_", " "))] for f in files]
         super().__init__(zip(files, captions), path)
 
@@ -197,12 +217,16 @@ class TorchvisionPairs:
         make,root = getattr(torchvision.datasets, name, None),root or data_dir() or "data"
         if not (isinstance(make, type) and issubclass(make, VisionDataset)):
             near = get_close_matches(name, torchvision.datasets.__all__, 1)
-            raise UserError(f"torchvision has no data set {name!r}" + (f": did you mean {near[0]}?" if near else ""))
+            raise UserError(f"torchvision has no data set {name!r}"
+                            + (f": did you mean {near[0]}?" if near else ""))
         try: self.data = make(root, **kwargs)
         except (RuntimeError, OSError) as e:
-            raise UserError(f"{name} can't be read from {root} ({reason(e).split('. ')[0]}): fetch it once by torchvision.datasets.{name}({str(root)!r}, download=True)") from None
+            raise UserError(
+                f"{name} can't be read from {root} ({reason(e).split('. ')[0]}): fetch it once by "
+                f"torchvision.datasets.{name}({str(root)!r}, download=True)") from None
         names = getattr(self.data, "classes", None)
-        if not names: raise UserError(f"torchvision's {name} has no class names: use a CSV with captions")
+        if not names:
+            raise UserError(f"torchvision's {name} has no class names: use a CSV with captions")
         self.captions = [template.format(n.replace("_", " ")) for n in names]
 
     def __len__(self): return len(self.data)
@@ -216,7 +240,8 @@ class TorchvisionPairs:
             yield f"{i}", (lambda img=img: img), [self.captions[label]]
 
 # %% ../nbs/81_data.ipynb #1a3b8420
-DAMAGED = (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) # what reading a broken shard may raise
+# what reading a broken shard may raise
+DAMAGED = (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error)
 
 def is_remote(name:str)->bool: # "https://…", "pipe:aws s3 cp …"
     "Whether webdataset has to open it."
@@ -224,7 +249,9 @@ def is_remote(name:str)->bool: # "https://…", "pipe:aws s3 cp …"
 
 def damaged(shard:str, error:Exception)->UserError:
     "The error for a shard that can't be read."
-    return UserError(f"{shard} is damaged or no tar ({reason(error)}): make or fetch it again, or leave it out of the pattern")
+    return UserError(
+        f"{shard} is damaged or no tar ({reason(error)}): make or fetch it again, or leave it out "
+        f"of the pattern")
 
 def check_end(
     shard:str, # path
@@ -239,7 +266,9 @@ def listed(
     shard:str,  # path
 )->int|None:    # images; None where there is no such count, or none to be believed
     "What img2dataset noted beside a shard: SHARD_stats.json."
-    try: n = int(json.loads(Path(f"{shard.removesuffix('.tar')}_stats.json").read_text())["successes"])
+    try:
+        n = int(json.loads(Path(f"{shard.removesuffix('.tar')}_stats.json").read_text())[
+            "successes"])
     except (OSError, ValueError, KeyError, TypeError): return None
     return n if n > 0 else None
 
@@ -253,7 +282,8 @@ def count_images(
             check_end(shard)
             if n := listed(shard): return n
             how = dict(name=shard)
-        with tarfile.open(**how) as tar: return sum(member.name.lower().endswith(IMAGE_ENDINGS) for member in tar)
+        with tarfile.open(**how) as tar:
+            return sum(member.name.lower().endswith(IMAGE_ENDINGS) for member in tar)
     except DAMAGED as e: raise damaged(shard, e) from None
 
 # %% ../nbs/81_data.ipynb #50b98597
@@ -304,11 +334,16 @@ class ShardPairs:
         names = [name for part in str(pattern).split("::") for name in braceexpand(part)]
         found = {name:[name] if is_remote(name) else sorted(glob.glob(name)) for name in names}
         missing = [name for name,files in found.items() if not files]
-        if missing: raise UserError(f"no shard matches {missing[0]} ({len(missing)} of {len(names)} names match nothing): check --data")
+        if missing:
+            raise UserError(
+                f"no shard matches {missing[0]} ({len(missing)} of {len(names)} names match "
+                f"nothing): check --data")
         self.shards,self.sizes = [file for name in names for file in found[name]],None
 
     def __len__(self): # images, counted once
-        if self.sizes is None: self.sizes = {shard:count_images(shard) for shard in progress(self.shards, desc="counting pairs")}
+        if self.sizes is None:
+            self.sizes = {shard:count_images(shard)
+                          for shard in progress(self.shards, desc="counting pairs")}
         return sum(self.sizes[shard] for shard in self.shards)
 
     def share(self, order:list, part:int, n_parts:int)->list[tuple]: # (shard, first sample, the one after the last or None)
@@ -326,16 +361,20 @@ class ShardPairs:
     def samples(self, part:int=0, n_parts:int=1, seed:int|str|None=None):
         "One pass over a part of the pairs. With a seed: shards in random order, eight open at once, and a buffer of 2,000 samples."
         shards = list(self.shards)
-        if seed is None: found = chain.from_iterable(read_piece(*piece) for piece in self.share(shards, part, n_parts))
+        if seed is None:
+            found = chain.from_iterable(read_piece(*piece)
+                                        for piece in self.share(shards, part, n_parts))
         else:
             random.Random(seed).shuffle(shards)
             rng = random.Random(f"{seed} {part}")
-            found = interleave([read_piece(*piece) for piece in self.share(shards, part, n_parts)], rng)
+            found = interleave([read_piece(*piece) for piece in self.share(shards, part, n_parts)],
+                               rng)
             found = wds.shuffle(2000, initial=2000, rng=rng)(found)
         for sample in found:
             text,meta = (to_text(sample[k]) if k in sample else None for k in ("txt", "json"))
             image = sample[image_in(sample)]
-            yield f"{sample['__url__']}:{sample['__key__']}", (lambda data=image: Image.open(io.BytesIO(data))), captions_of(text, meta)
+            yield f"{sample['__url__']}:{sample['__key__']}", (
+                lambda data=image: Image.open(io.BytesIO(data))), captions_of(text, meta)
 
 # %% ../nbs/81_data.ipynb #911ecea8
 def open_pairs(
@@ -349,7 +388,10 @@ def open_pairs(
     if path.suffix in (".csv", ".tsv"):
         if not path.is_file(): raise UserError(f"no file {data}: check --data")
         return TablePairs(data, image_col, caption_col)
-    if path.is_dir(): return ShardPairs(str(path/"*.tar")) if any(path.glob("*.tar")) else FolderPairs(data)
+    if path.is_dir():
+        return ShardPairs(str(path/"*.tar")) if any(path.glob("*.tar")) else FolderPairs(data)
     if ".tar" in data or is_remote(data): return ShardPairs(data)
-    raise UserError(f"can't tell what {data!r} is: --data takes 'glyphs', a shard pattern (train-{{0000..0005}}.tar), "
+    raise UserError(
+        f"can't tell what {data!r} is: --data takes 'glyphs', a shard pattern "
+        f"(train-{{0000..0005}}.tar), "
                     "a .csv or .tsv, torchvision:NAME, or a folder that exists")

@@ -77,23 +77,39 @@ def check_options(
     cfg:EvalConfig, # as it was typed
 )->tuple[str, ...]: # the tasks
     "Raise UserError for options that can't be, before anything long begins."
-    tasks = tuple(t.strip().lower().replace("-", "").replace("_", "") for t in cfg.tasks.split(",") if t.strip())
+    tasks = tuple(t.strip().lower().replace("-", "").replace("_", "") for t in cfg.tasks.split(",")
+                  if t.strip())
     wrong = [t for t in tasks if t not in TASKS]
-    if wrong or not tasks: raise UserError(f"no task {wrong[0] if wrong else cfg.tasks!r}: --tasks takes {', '.join(TASKS)}, with commas between them")
+    if wrong or not tasks:
+        raise UserError(
+            f"no task {wrong[0] if wrong else cfg.tasks!r}: --tasks takes {', '.join(TASKS)}, with "
+            f"commas between them")
     for k in ("limit", "draws", "batch_size", "threads"):
-        if getattr(cfg, k) is not None and getattr(cfg, k) < 1: raise UserError(f"--{k.replace('_', '-')} must be a number above 0")
+        if getattr(cfg, k) is not None and getattr(cfg, k) < 1:
+            raise UserError(f"--{k.replace('_', '-')} must be a number above 0")
     if cfg.workers < 0: raise UserError("--workers must not be below 0")
-    if cfg.shots is not None and (not cfg.shots or min(cfg.shots) < 1): raise UserError("--shots must be numbers above 0")
+    if cfg.shots is not None and (not cfg.shots or min(cfg.shots) < 1):
+        raise UserError("--shots must be numbers above 0")
     for t in cfg.template: check_names(("a",), (t,))
     for k in ("train_data", "classnames"):
-        if cfg.data.partition(":")[0] == "glyphs" and getattr(cfg, k): raise UserError(f"--{k.replace('_', '-')} has no meaning for glyphs: leave it out")
+        if cfg.data.partition(":")[0] == "glyphs" and getattr(cfg, k):
+            raise UserError(f"--{k.replace('_', '-')} has no meaning for glyphs: leave it out")
     try: torch.empty(0, device=cfg.device or "cpu")
-    except (RuntimeError, AssertionError) as e: raise UserError(f"--device {cfg.device} can't be used here: {reason(e)}") from None
-    if cfg.random_weights and (cfg.weights or cfg.quick_gelu is not None): raise UserError("--random-weights and --weights (or --quick-gelu) exclude each other: a model has one or the other")
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {cfg.device} can't be used here: {reason(e)}") from None
+    if cfg.random_weights and (cfg.weights or cfg.quick_gelu is not None):
+        raise UserError(
+            "--random-weights and --weights (or --quick-gelu) exclude each other: a model has one "
+            "or the other")
     held = {p.name for p in cfg.out.iterdir()} if cfg.out.is_dir() else set()
     strange = sorted(name for name in held - OUT_FILES if not name.startswith("."))
-    if cfg.out.exists() and (strange or not cfg.out.is_dir()): raise UserError(f"--out {cfg.out} {f'holds files of something else ({strange[0]})' if strange else 'is a file'}: choose another --out")
-    if held - {"cache"} and not cfg.overwrite: raise UserError(f"{cfg.out} already holds results: choose another --out, or replace them with --overwrite")
+    if cfg.out.exists() and (strange or not cfg.out.is_dir()):
+        raise UserError(
+            f"--out {cfg.out} {f'holds files of something else ({strange[0]})' if strange else 'is a file'}: choose another --out")
+    if held - {"cache"} and not cfg.overwrite:
+        raise UserError(
+            f"{cfg.out} already holds results: choose another --out, or replace them with "
+            f"--overwrite")
     return tasks
 
 # %% ../nbs/91_evaluate.ipynb #cc49927c
@@ -118,7 +134,8 @@ def read_part(
 )->Features:
     "Every image once through the image tower; only a batch of them is in memory. Raises UserError where none can be read."
     stream = LabelStream(part, image_transform(model.config.img_size, normalized=False), limit)
-    loader = DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=list, pin_memory=False)
+    loader = DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=list,
+                        pin_memory=False)
     total = None if not hasattr(part, "__len__") else min(len(part), limit or len(part))
     device,found,names,labels,broken,flat = model.logit_scale.device,[],[],[],[],0
     with evaluating(model), progress(total=total, desc="images", unit=" images") as bar:
@@ -128,13 +145,17 @@ def read_part(
             if good:
                 images = torch.stack([s[1] for s in good])
                 flat += int((images.flatten(2).amax(2) == images.flatten(2).amin(2)).all(1).sum())
-                found.append(tower_features(model.visual, normalize(images.to(device))).float().cpu())
+                found.append(tower_features(model.visual,
+                                            normalize(images.to(device))).float().cpu())
             names += [s[0] for s in good]
             labels += [torch.as_tensor(s[2]) for s in good]
             bar.update(len(batch))
-    if not found: raise UserError(f"not one image can be used{f': {broken[0]}' if broken else ''} (images: {len(broken)})")
+    if not found:
+        raise UserError(
+            f"not one image can be used{f': {broken[0]}' if broken else ''} (images: {len(broken)})")
     order = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
-    return Features(torch.cat(found)[order], torch.stack(labels)[order], len(broken), broken[0] if broken else "", flat)
+    return Features(torch.cat(found)[order], torch.stack(labels)[order], len(broken),
+                    broken[0] if broken else "", flat)
 
 # %% ../nbs/91_evaluate.ipynb #5ca5e6af
 def to_embeddings(
@@ -156,11 +177,14 @@ def kept_features(
     about = f"1 {tower} {model.config} {part.mark} {cfg.limit}"
     path = cfg.cache/f"features-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
     try:
-        with safe_open(path, "pt") as f: return Features(f.get_tensor("x"), f.get_tensor("labels"), **json.loads(f.metadata()["about"]))
+        with safe_open(path, "pt") as f:
+            return Features(f.get_tensor("x"), f.get_tensor("labels"),
+                            **json.loads(f.metadata()["about"]))
     except (OSError, SafetensorError, KeyError, ValueError): pass # not there, or damaged
     found = read_part(model, part, cfg.batch_size, cfg.workers, cfg.limit)
     aside = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.aside")
-    save_file(dict(x=found.x, labels=found.labels), aside, {"about":json.dumps(dict(broken=found.broken, why=found.why, flat=found.flat))})
+    save_file(dict(x=found.x, labels=found.labels), aside,
+              {"about":json.dumps(dict(broken=found.broken, why=found.why, flat=found.flat))})
     aside.replace(path)
     return found
 
@@ -175,17 +199,31 @@ class Parts:
         learns:bool=False,  # whether a task needs training data
     ):
         self.data,self.model,self.cfg,self.tower,self.found,self.marks = data,model,cfg,tower,{},{}
-        self.whole = "test" if "test" in data.parts else "all" if "all" in data.parts else next(iter(data.parts))
+        self.whole = "test" if "test" in data.parts else "all" if "all" in data.parts else next(
+            iter(data.parts))
         self.halves = learns and "train" not in data.parts
-        if self.halves: data.notes.append(f"nobody split these data: of each class one half (seed {cfg.seed}) is learned from, and every result is of the other half")
+        if self.halves:
+            data.notes.append(
+                f"nobody split these data: of each class one half (seed {cfg.seed}) is learned "
+                f"from, and every result is of the other half")
 
     def features(self, part:str)->Features: # of a part that exists
         if part in self.found: return self.found[part]
         source = self.data.parts[part]()
-        if isinstance(source, Drawn): found = Features(image_features(self.model, source.images, self.cfg.batch_size), source.labels)
-        else: found,self.marks[part] = kept_features(self.model, source, self.cfg, self.tower),source.mark
-        if found.broken: self.data.notes.append(f"{found.broken} of {found.broken+len(found.x)} images ({part}) can't be used and are left out; the first: {found.why}")
-        if found.flat: self.data.notes.append(f"{found.flat} of {len(found.x)} images ({part}) are of one colour to the model: where a drawing lies in the transparency, paint it on a background first")
+        if isinstance(source, Drawn):
+            found = Features(image_features(self.model, source.images, self.cfg.batch_size),
+                             source.labels)
+        else:
+            found,self.marks[part] = kept_features(self.model, source, self.cfg,
+                                                   self.tower),source.mark
+        if found.broken:
+            self.data.notes.append(
+                f"{found.broken} of {found.broken+len(found.x)} images ({part}) can't be used and "
+                f"are left out; the first: {found.why}")
+        if found.flat:
+            self.data.notes.append(
+                f"{found.flat} of {len(found.x)} images ({part}) are of one colour to the model: "
+                f"where a drawing lies in the transparency, paint it on a background first")
         self.found[part] = found
         return found
 
@@ -219,7 +257,8 @@ def score(
     logits:Tensor,     # (N, K)
 )->float:              # 0 to 1
     "The data's metric. Ties are broken by lot and not in favour of the first class."
-    if data.metric not in ("accuracy", "mean_per_class"): return SCORES[data.metric](labels, logits.cpu())
+    if data.metric not in ("accuracy", "mean_per_class"):
+        return SCORES[data.metric](labels, logits.cpu())
     return SCORES[data.metric](labels, F.one_hot(predict(logits, data.choices), logits.shape[1]))
 
 def chance(
@@ -245,7 +284,8 @@ def row(
     metric:str|None=None,   # the data's by default
 )->dict:
     "A line of the result."
-    return dict(data=data.name, task=task, how=how, metric=metric or data.metric, score=value, sd=sd, chance=guess, n=n)
+    return dict(data=data.name, task=task, how=how, metric=metric or data.metric, score=value,
+                sd=sd, chance=guess, n=n)
 
 # %% ../nbs/91_evaluate.ipynb #09afac5a
 def ways(
@@ -254,7 +294,8 @@ def ways(
     "Bare names, one template, all templates: what the words around a name are worth."
     t = data.templates
     found = {"bare names":("{}",), f"\u201c{t[0]}\u201d":t[:1], f"ensemble of {len(t)}":t}
-    return {how:templates for i,(how,templates) in enumerate(found.items()) if templates not in list(found.values())[:i]}
+    return {how:templates for i,(how,templates) in enumerate(found.items())
+            if templates not in list(found.values())[:i]}
 
 def check_labels(
     data:LabelledData, # knows the classes
@@ -262,7 +303,9 @@ def check_labels(
 ):
     "Raise UserError for labels that are none of the classes."
     n,labels = len(data.classnames),found.labels
-    if labels.ndim == 2 and labels.shape[1] == n or labels.ndim == 1 and 0 <= labels.min() and labels.max() < n: return
+    if labels.ndim == 2 and labels.shape[1] == n or labels.ndim == 1 and 0 <= labels.min(
+        ) and labels.max() < n:
+        return
     seen = f"{labels.shape[1]} columns" if labels.ndim == 2 else f"labels from {labels.min()} to {labels.max()}"
     raise UserError(f"{data.name}: {seen}, and {n} class names: check --classnames")
 
@@ -274,13 +317,15 @@ def zero_shot(
 )->tuple[list[dict], Tensor, Tensor]: # rows; (N, K) logits of the last way, (N,) labels
     "Zero-shot classification (section 3.1): one row for each way of asking."
     data,rows = parts.data,[]
-    found = {how:zeroshot_classifier(model, tokenizer, data.classnames, templates, cache=parts.cfg.cache) for how,templates in ways(data).items()}
+    found = {how:zeroshot_classifier(model, tokenizer, data.classnames, templates,
+                                     cache=parts.cfg.cache) for how,templates in ways(data).items()}
     test = parts.test()
     check_labels(data, test)
     img_emb = to_embeddings(model, test.x)
     for how,weights in found.items():
         logits = zeroshot_logits(img_emb, weights.cpu())
-        rows.append(row(data, "zero-shot", how, score(data, test.labels, logits), chance(data, test.labels), len(test.x)))
+        rows.append(row(data, "zero-shot", how, score(data, test.labels, logits),
+                        chance(data, test.labels), len(test.x)))
     return rows, logits, test.labels
 
 # %% ../nbs/91_evaluate.ipynb #16c6de55
@@ -290,14 +335,22 @@ def usable_shots(
     shots:tuple|None=None,  # examples of each class; None for those of the paper that every class has
 )->tuple[int, ...]:
     "How many examples of each class can be drawn. Raises UserError where a class has fewer than were asked for."
-    if labels.ndim == 2: raise UserError(f"{data.name}: few-shot needs one class an image, and these have several: leave fewshot out of --tasks")
+    if labels.ndim == 2:
+        raise UserError(
+            f"{data.name}: few-shot needs one class an image, and these have several: leave "
+            f"fewshot out of --tasks")
     count = torch.bincount(labels, minlength=len(data.classnames))
     least = int(count[count > 0].min())
-    which = words_of(data.classnames[int(torch.where(count == 0, count.max()+1, count).argmin())])[0]
+    which = words_of(data.classnames[int(torch.where(count == 0, count.max()+1, count).argmin())])[
+        0]
     fit = tuple(n for n in shots or SHOTS if n <= least)
     about = f"class {which!r} has {least} training example{'s'*(least != 1)}"
-    if shots and fit != shots: raise UserError(f"{data.name}: {about}, fewer than {max(shots)} shots: give --shots {' '.join(map(str, fit)) or 1}")
-    if fit != SHOTS and not shots: data.notes.append(f"few-shot ends at {fit[-1]} of each class: {about}")
+    if shots and fit != shots:
+        raise UserError(
+            f"{data.name}: {about}, fewer than {max(shots)} shots: give --shots "
+            f"{' '.join(map(str, fit)) or 1}")
+    if fit != SHOTS and not shots:
+        data.notes.append(f"few-shot ends at {fit[-1]} of each class: {about}")
     return fit
 
 # %% ../nbs/91_evaluate.ipynb #f78c56e5
@@ -316,9 +369,12 @@ def probes(
     full = linear_probe(*pairs, metric=SCORES[data.metric], device=device)
     guess,n = chance(data, test.labels),len(test.x)
     rows = [row(data, "probe", f"all {len(both.x)} examples", full["score"], guess, n)]
-    curve = few_shot((both.x.numpy(), both.labels.numpy()), pairs[2], full["C"], shots, cfg.draws, cfg.seed, SCORES[data.metric], device=device) if shots else {}
-    rows += [row(data, "few-shot", f"{k} of each class", float(np.mean(v)), guess, n, float(np.std(v, ddof=1)) if len(v) > 1 else None) for k,v in curve.items()]
-    return rows, dict(C=full["C"], sweep=full["curve"], few_shot=curve, n_train=len(both.x), full=full["score"])
+    curve = few_shot((both.x.numpy(), both.labels.numpy()), pairs[2], full["C"], shots, cfg.draws,
+                     cfg.seed, SCORES[data.metric], device=device) if shots else {}
+    rows += [row(data, "few-shot", f"{k} of each class", float(np.mean(v)), guess, n,
+                 float(np.std(v, ddof=1)) if len(v) > 1 else None) for k,v in curve.items()]
+    return rows, dict(C=full["C"], sweep=full["curve"], few_shot=curve, n_train=len(both.x),
+                      full=full["score"])
 
 # %% ../nbs/91_evaluate.ipynb #0c7090a6
 class Some:
@@ -332,8 +388,13 @@ def open_captions(
     cfg:EvalConfig, # names the data
 ):                  # what `PairStream` reads
     "Images with captions that people wrote. Raises UserError where there are none."
-    path,no = Path(cfg.data),UserError(f"{cfg.data} gives no captions here, so retrieval has nothing to retrieve: leave it out of --tasks, or give images with captions (shards, a .csv with --caption-col, a folder with a .txt beside each image)")
-    if path.is_dir() and not any(path.glob("*.tar")) and not any(p.with_suffix(end).is_file() for p in images_below(path) for end in (".txt", ".json")): raise no
+    path,no = Path(cfg.data),UserError(
+        f"{cfg.data} gives no captions here, so retrieval has nothing to retrieve: leave it out of "
+        f"--tasks, or give images with captions (shards, a .csv with --caption-col, a folder with "
+        f"a .txt beside each image)")
+    if path.is_dir() and not any(path.glob("*.tar")) and not any(
+        p.with_suffix(end).is_file() for p in images_below(path) for end in (".txt", ".json")):
+        raise no
     if not (path.exists() or ".tar" in cfg.data or is_remote(cfg.data)): raise no
     pairs = open_pairs(cfg.data, cfg.image_col, cfg.caption_col)
     if not any(captions for _,_,captions in islice(pairs.samples(), 100)): raise no
@@ -360,9 +421,12 @@ def retrieval(
     img_emb,txt_emb,owner = embed_pairs(model, tokenizer, loader, cfg.prefix)
     found,n = recall_at(img_emb, txt_emb, owner),len(img_emb)
     data = LabelledData("glyphs: scenes" if stream is None else Path(cfg.data).name, {}, (), ())
-    rows = [row(data, "retrieval", key.split("@")[0].replace("_", " "), v, min(1., int(key.split("@")[1])/n), n, metric=f"recall@{key.split('@')[1]}") for key,v in found.items()]
+    rows = [row(data, "retrieval", key.split("@")[0].replace("_", " "), v,
+                min(1., int(key.split("@")[1])/n), n, metric=f"recall@{key.split('@')[1]}")
+                for key,v in found.items()]
     broken,empty = stream.counts[1:].tolist() if stream else (0, 0)
-    return rows, [f"{broken} images can't be read and {empty} have no caption: left out of retrieval"] if broken or empty else []
+    return rows, [
+        f"{broken} images can't be read and {empty} have no caption: left out of retrieval"] if broken or empty else []
 
 # %% ../nbs/91_evaluate.ipynb #531b0e4b
 def class_table(
@@ -372,13 +436,18 @@ def class_table(
 )->tuple[pd.DataFrame, pd.DataFrame]: # a row a class; a row for each pair that is confused
     "Accuracy of every class, and which class is taken for which."
     names = [words_of(c)[0] for c in data.classnames]
-    found = pd.DataFrame(dict(label=labels.numpy(), predicted=predict(logits, data.choices).numpy()))
+    found = pd.DataFrame(dict(label=labels.numpy(),
+                              predicted=predict(logits, data.choices).numpy()))
     found["right"] = found.label == found.predicted
     each = found.groupby("label").right.agg(["mean", "size"]).reset_index()
-    classes = pd.DataFrame({"class":[names[i] for i in each.label], "accuracy":each["mean"], "n":each["size"]}).sort_values("accuracy", ignore_index=True)
-    wrong = found[~found.right].groupby(["label", "predicted"]).size().sort_values(ascending=False, kind="stable").reset_index(name="n")
+    classes = pd.DataFrame({"class":[names[i] for i in each.label], "accuracy":each["mean"],
+                            "n":each["size"]}).sort_values("accuracy", ignore_index=True)
+    wrong = found[~found.right].groupby(["label", "predicted"]).size().sort_values(
+        ascending=False, kind="stable").reset_index(name="n")
     size = dict(zip(each.label, each["size"]))
-    confused = pd.DataFrame({"class":[names[i] for i in wrong.label], "taken for":[names[i] for i in wrong.predicted], "n":wrong.n, "share":[n/size[i] for n,i in zip(wrong.n, wrong.label)]})
+    confused = pd.DataFrame({"class":[names[i] for i in wrong.label],
+                             "taken for":[names[i] for i in wrong.predicted], "n":wrong.n,
+                             "share":[n/size[i] for n,i in zip(wrong.n, wrong.label)]})
     return classes, confused
 
 # %% ../nbs/91_evaluate.ipynb #1b940ab5
@@ -396,7 +465,8 @@ def plot_classes(
     left.set_yticklabels([c[:28] for c in shown["class"]], fontsize=7)
     right.barh(range(len(worst)), 100*worst.share, color=PALETTE[0], alpha=0.7)
     right.set(xlabel="share of the class (%)", xlim=(0, 100), yticks=range(len(worst)))
-    right.set_yticklabels([f"{a[:20]} → {b[:20]}" for a,b in zip(worst["class"], worst["taken for"])], fontsize=7)
+    right.set_yticklabels(
+        [f"{a[:20]} → {b[:20]}" for a,b in zip(worst["class"], worst["taken for"])], fontsize=7)
     for ax in (left, right): ax.invert_yaxis()
     fig.tight_layout()
     return fig
@@ -413,12 +483,17 @@ def plot_few_shot(
     zero = [r for r in rows if r["task"] == "zero-shot"]
     fig,ax = plt.subplots(figsize=(5.5, 3.3))
     points = [*few, (n_train/n_classes, full)]
-    ax.errorbar([k for k,_ in points], [100*r["score"] for _,r in points], [100*(r["sd"] or 0) for _,r in points], marker="o", markersize=4, capsize=2, label="probe on the same features")
-    if zero: ax.plot(0.5, 100*zero[-1]["score"], "*", markersize=14, color=PALETTE[1], label=f"zero-shot, {zero[-1]['how']}")
+    ax.errorbar([k for k,_ in points], [100*r["score"] for _,r in points],
+                [100*(r["sd"] or 0) for _,r in points], marker="o", markersize=4, capsize=2,
+                label="probe on the same features")
+    if zero:
+        ax.plot(0.5, 100*zero[-1]["score"], "*", markersize=14, color=PALETTE[1],
+                label=f"zero-shot, {zero[-1]['how']}")
     ax.axhline(100*full["chance"], label="chance", **PAPER)
     ax.set_xscale("log", base=2)
     ticks = [0.5, *(k for k,_ in points)]
-    ax.set(xlabel="labelled examples a class", ylabel=f"{full['metric'].replace('_', ' ')} (%)", xticks=ticks)
+    ax.set(xlabel="labelled examples a class", ylabel=f"{full['metric'].replace('_', ' ')} (%)",
+           xticks=ticks)
     ax.set_xticklabels(["0", *(str(k) for k,_ in few), f"all ({n_train/n_classes:.0f})"])
     ax.minorticks_off()
     ax.legend(fontsize=8)
@@ -432,14 +507,16 @@ def plot_sets(
     last = {r["data"]:r for r in rows if r["task"] == "zero-shot"}
     fig,ax = plt.subplots(figsize=(6, 0.6 + 0.2*len(last)))
     ax.barh(range(len(last)), [100*r["score"] for r in last.values()], color=PALETTE[0], alpha=0.7)
-    for y,r in enumerate(last.values()): ax.plot([100*r["chance"]]*2, [y-0.4, y+0.4], color="black", linestyle="--")
+    for y,r in enumerate(last.values()):
+        ax.plot([100*r["chance"]]*2, [y-0.4, y+0.4], color="black", linestyle="--")
     ax.set(xlabel="zero-shot score (%); dashed: chance", xlim=(0, 100), yticks=range(len(last)))
     ax.set_yticklabels(list(last), fontsize=8)
     ax.invert_yaxis()
     return fig
 
 # %% ../nbs/91_evaluate.ipynb #94c7e1ab
-def names_of(data:LabelledData)->tuple[str, ...]: return tuple(words_of(c)[0] for c in data.classnames)
+def names_of(data:LabelledData)->tuple[str, ...]:
+    return tuple(words_of(c)[0] for c in data.classnames)
 
 def some_images(
     parts:Parts,  # of the data
@@ -450,11 +527,13 @@ def some_images(
     if isinstance(source, Drawn):
         rows = sorted(random.Random(0).sample(range(len(source)), min(n, len(source))))
         choices = None if data.choices is None else data.choices[rows]
-        return EvalSet(source.images[rows], source.labels[rows], names_of(data), data.templates, choices)
+        return EvalSet(source.images[rows], source.labels[rows], names_of(data), data.templates,
+                       choices)
     stream = LabelStream(source, image_transform(parts.model.config.img_size, normalized=False), n)
     found = [(image, label) for _,image,label,_ in stream if image is not None]
     if not found: return None
-    return EvalSet(torch.stack([image for image,_ in found])/255, torch.tensor([int(label) for _,label in found]), names_of(data), data.templates)
+    return EvalSet(torch.stack([image for image,_ in found])/255,
+                   torch.tensor([int(label) for _,label in found]), names_of(data), data.templates)
 
 # %% ../nbs/91_evaluate.ipynb #2686cf6f
 def draw(
@@ -469,12 +548,15 @@ def draw(
 )->tuple:                        # the tables of `class_table`, or nothing
     "The figures of one data set."
     data,tables = parts.data,()
-    if details.get("few_shot"): figures["few_shot"] = plot_few_shot(rows, len(data.classnames), details["n_train"])
+    if details.get("few_shot"):
+        figures["few_shot"] = plot_few_shot(rows, len(data.classnames), details["n_train"])
     one = bool(zero) and zero[1].ndim == 1 # one class an image
     if one and data.choices is None: tables = class_table(data, *zero)
     if tables and alone: figures["classes"] = plot_classes(*tables)
     shown = some_images(parts) if one and alone else None
-    if shown: figures["predictions"] = plot_predictions(model, tokenizer, shown, list(range(len(shown.labels))))
+    if shown:
+        figures["predictions"] = plot_predictions(model, tokenizer, shown,
+                                                  list(range(len(shown.labels))))
     return tables
 
 # %% ../nbs/91_evaluate.ipynb #e5cf1232
@@ -482,7 +564,8 @@ def as_text(
     rows:pd.DataFrame, # of `evaluate`
 )->str:
     "The result as a table in percent."
-    shown = rows.assign(**{k:(100*rows[k]).map(lambda v: "" if pd.isna(v) else f"{v:.1f}") for k in ("score", "sd", "chance")})
+    shown = rows.assign(**{k:(100*rows[k]).map(lambda v: "" if pd.isna(v) else f"{v:.1f}")
+                           for k in ("score", "sd", "chance")})
     if (shown.sd == "").all(): shown = shown.drop(columns="sd")
     return shown.rename(columns=dict(score="score %", chance="chance %")).to_string(index=False)
 
@@ -498,9 +581,12 @@ def write_results(
     folder.mkdir()
     for name,fig in figures.items(): fig.savefig(folder/f"{name}.png", dpi=120); plt.close(fig)
     rows.to_csv(cfg.out/"results.csv", index=False)
-    records = [{k:None if isinstance(v, float) and np.isnan(v) else v for k,v in r.items()} for r in rows.to_dict("records")]
-    (cfg.out/"results.json").write_text(json.dumps(about | dict(rows=records), indent=1, default=str) + "\n", encoding="utf-8")
-    lines = [f"# {cfg.model} on {cfg.data}", "", *(f"- {note}" for note in about["notes"]), "", "```", as_text(rows), "```", ""]
+    records = [{k:None if isinstance(v, float) and np.isnan(v) else v for k,v in r.items()}
+               for r in rows.to_dict("records")]
+    (cfg.out/"results.json").write_text(json.dumps(about | dict(rows=records), indent=1,
+                                                   default=str) + "\n", encoding="utf-8")
+    lines = [f"# {cfg.model} on {cfg.data}", "", *(f"- {note}" for note in about["notes"]), "",
+             "```", as_text(rows), "```", ""]
     lines += [f"![{name}](figures/{name}.png)" for name in figures]
     (cfg.out/"report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -511,10 +597,14 @@ def open_model(
     "A trained model, ours or somebody else's, or a new one. Raises UserError."
     if cfg.random_weights:
         with torch.device("meta"): return create_model(cfg.model), None
-    try: model,_,tokenizer = load(cfg.model, cfg.weights, cfg.quick_gelu, cfg.merges, trust_torchscript=cfg.trust_torchscript)
+    try:
+        model,_,tokenizer = load(cfg.model, cfg.weights, cfg.quick_gelu, cfg.merges,
+                                 trust_torchscript=cfg.trust_torchscript)
     except UserError:
         if cfg.weights or cfg.model not in PRESETS or Path(cfg.model).exists(): raise
-        raise UserError(f"{cfg.model} is a preset and no trained model: give the folder of a run, its weights by --weights, or --random-weights to see what chance looks like") from None
+        raise UserError(
+            f"{cfg.model} is a preset and no trained model: give the folder of a run, its weights "
+            f"by --weights, or --random-weights to see what chance looks like") from None
     return model, tokenizer
 
 def texts_of(
@@ -522,7 +612,8 @@ def texts_of(
     pairs=None,              # with captions
 )->list[str]:                # at most 20,000
     "What a vocabulary for random weights is learned from."
-    prompts = (t.replace("{}", w) for data in sets for t in data.templates for c in data.classnames for w in words_of(c))
+    prompts = (t.replace("{}", w) for data in sets for t in data.templates for c in data.classnames
+               for w in words_of(c))
     captions = (c for _,_,own in pairs.samples() for c in own) if pairs else ()
     return [*islice(prompts, 15_000), *islice(captions, 5_000)]
 
@@ -533,7 +624,9 @@ def new_model(
 )->tuple[CLIP, BPETokenizer]:
     "Random weights, a function of the seed, and a vocabulary. Raises UserError."
     c = PRESETS[preset_name(cfg.model)]
-    tokenizer = BPETokenizer.from_openai(cfg.merges, c.ctx_len) if cfg.merges else BPETokenizer.train(texts, c.vocab_size, c.ctx_len)
+    tokenizer = BPETokenizer.from_openai(cfg.merges,
+                                         c.ctx_len) if cfg.merges else BPETokenizer.train(texts,
+                                         c.vocab_size, c.ctx_len)
     seed_all(cfg.seed)
     return create_model(cfg.model, vocab_size=len(tokenizer)), tokenizer
 
@@ -547,9 +640,14 @@ def tasks_for(
     learn = [t for t in tasks if t in ("probe", "fewshot")]
     if not learn: return tasks
     if whole:
-        if data.name == "symbols": data.notes.append("of the corpus only these are probed: --data glyphs:cards asks for another set")
+        if data.name == "symbols":
+            data.notes.append(
+                "of the corpus only these are probed: --data glyphs:cards asks for another set")
         return tasks if data.name == "symbols" else tuple(t for t in tasks if t not in learn)
-    if data.choices is not None: raise UserError(f"{data.name}: each image chooses among its own captions, which a probe can't: leave probe and fewshot out of --tasks")
+    if data.choices is not None:
+        raise UserError(
+            f"{data.name}: each image chooses among its own captions, which a probe can't: leave "
+            f"probe and fewshot out of --tasks")
     return tasks
 
 # %% ../nbs/91_evaluate.ipynb #785baf53
@@ -572,8 +670,11 @@ def evaluate_set(
         more,details = probes(parts, "fewshot" in tasks)
         rows += more
     tables = draw(figures, model, tokenizer, parts, rows, zero, details, alone)
-    about = dict(classes=[list(words_of(c)) for c in data.classnames], templates=list(data.templates), images=parts.marks, notes=data.notes, **details)
-    if tables: about |= dict(per_class=tables[0].to_dict("records"), confused=tables[1][:50].to_dict("records"))
+    about = dict(classes=[list(words_of(c)) for c in data.classnames],
+                 templates=list(data.templates), images=parts.marks, notes=data.notes, **details)
+    if tables:
+        about |= dict(per_class=tables[0].to_dict("records"),
+                      confused=tables[1][:50].to_dict("records"))
     return rows, about
 
 # %% ../nbs/91_evaluate.ipynb #1e6a39c0
@@ -589,7 +690,9 @@ def run_tasks(
     set_style()
     rows,notes,about,figures,tower = [],[],{},{},fingerprint(model.visual)
     for data in progress(sets, desc="data sets"):
-        more,about[data.name] = evaluate_set(data, model, tokenizer, cfg, tasks_for(data, tasks, cfg.data == "glyphs"), tower, figures, len(sets) == 1)
+        more,about[data.name] = evaluate_set(data, model, tokenizer, cfg,
+                                             tasks_for(data, tasks, cfg.data == "glyphs"), tower,
+                                             figures, len(sets) == 1)
         rows,notes = rows+more,notes+[f"{data.name}: {note}" for note in data.notes]
     if "retrieval" in tasks:
         more,said = retrieval(model, tokenizer, cfg, pairs)
@@ -598,7 +701,9 @@ def run_tasks(
     for note in notes: print(note, file=sys.stderr)
     found = pd.DataFrame(rows)
     options = {k:str(v) if isinstance(v, Path) else v for k,v in asdict(cfg).items()}
-    head = dict(commit=commit(), hardware=hardware(), torch=torch.__version__, model=asdict(model.config), weights=fingerprint(model), options=options, notes=notes)
+    head = dict(commit=commit(), hardware=hardware(), torch=torch.__version__,
+                model=asdict(model.config), weights=fingerprint(model), options=options,
+                notes=notes)
     write_results(cfg, found, head | dict(sets=about), figures)
     return found
 
@@ -610,7 +715,9 @@ def resolved(cfg:EvalConfig)->EvalConfig:
     cfg.cache = Path(cfg.cache or cfg.out/"cache")
     try:
         for folder in (cfg.out, cfg.cache): folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"{folder} can't be made ({reason(e)}): choose another --out or --cache") from None
+    except OSError as e:
+        raise UserError(
+            f"{folder} can't be made ({reason(e)}): choose another --out or --cache") from None
     if cfg.threads: torch.set_num_threads(cfg.threads)
     return cfg
 
@@ -625,7 +732,10 @@ def evaluate(
     if model is None: model,tokenizer = open_model(cfg)
     pairs = open_captions(cfg) if "retrieval" in tasks and on != "glyphs" else None
     labelled = [t for t in tasks if t != "retrieval"]
-    sets = open_glyphs(cfg.data, model.config.img_size, cfg.limit or 500) if on == "glyphs" and (labelled or tokenizer is None) else [with_training(open_data(cfg, cfg.data), cfg)] if labelled else []
+    sets = open_glyphs(cfg.data, model.config.img_size,
+                       cfg.limit or 500) if on == "glyphs" and (labelled
+                       or tokenizer is None) else [
+        with_training(open_data(cfg, cfg.data), cfg)] if labelled else []
     sets = [prepared(data, cfg) for data in sets]
     cfg = resolved(cfg)
     if tokenizer is None: model,tokenizer = new_model(cfg, texts_of(sets, pairs))

@@ -22,8 +22,10 @@ def images_config(
     img_size:int, # side of the images in pixels
 )->dict:          # contents of transformers' preprocessor_config.json
     "CLIP's preprocessing (section 2.3) in transformers' words: bicubic, the shorter side, the centre."
-    return dict(image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True, size=dict(shortest_edge=img_size), resample=3, do_center_crop=True,
-                crop_size=dict(height=img_size, width=img_size), do_rescale=True, rescale_factor=1/255, do_normalize=True, image_mean=MEAN, image_std=STD)
+    return dict(image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True,
+                size=dict(shortest_edge=img_size), resample=3, do_center_crop=True,
+                crop_size=dict(height=img_size, width=img_size), do_rescale=True,
+                rescale_factor=1/255, do_normalize=True, image_mean=MEAN, image_std=STD)
 
 def export_hf(
     run:str|Path,    # whatever `load` takes
@@ -32,13 +34,18 @@ def export_hf(
     "Write what transformers' CLIPModel, CLIPProcessor and pipelines load. Raises UserError for a ResNet or another model that transformers has no class for."
     model,_,tokenizer = load(run)
     config,folder = hf_config(model.config),Path(folder) # first, as it refuses
-    if folder.exists() and not folder.is_dir(): raise UserError(f"{folder} is a file: export into a folder")
-    if is_run(folder) or any((folder/name).is_file() for name in ("open_clip_config.json", "open_clip_model.safetensors")): raise UserError(f"{folder} holds a run or a model of open_clip's: export into a folder of its own")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: export into a folder")
+    if is_run(folder) or any((folder/name).is_file()
+                             for name in ("open_clip_config.json", "open_clip_model.safetensors")):
+        raise UserError(
+            f"{folder} holds a run or a model of open_clip's: export into a folder of its own")
     aside = folder/"unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_file(to_hf(to_released(model.state_dict())), aside/"model.safetensors", metadata={"format":"pt"})
+        save_file(to_hf(to_released(model.state_dict())), aside/"model.safetensors",
+                  metadata={"format":"pt"})
         write_json(aside/"config.json", config)
         write_json(aside/"preprocessor_config.json", images_config(model.config.img_size))
         tokenizer.save(aside)

@@ -24,11 +24,14 @@ def facts_of_name(
 )->dict:      # fields of CLIPConfig
     "What a name says of a model. Raises UserError for a name that nobody knows."
     if name in RENAMED: name = preset_name(name)
-    if name in PRESETS: # our own leave it to the data how many tokens there are, and how long a text
-        untold = ("text_tower", "logit_bias") + (() if name in RELEASES else ("vocab_size", "ctx_len"))
+    # our own leave it to the data how many tokens there are, and how long a text
+    if name in PRESETS:
+        untold = ("text_tower",
+                  "logit_bias") + (() if name in RELEASES else ("vocab_size", "ctx_len"))
         return {k:v for k,v in asdict(PRESETS[name]).items() if k not in untold}
     spec = find_spec("open_clip")
-    listed = Path(spec.origin).parent/"model_configs"/f"{Path(name).name}.json" if spec and spec.origin else None
+    listed = Path(
+        spec.origin).parent/"model_configs"/f"{Path(name).name}.json" if spec and spec.origin else None
     if listed and listed.is_file(): return facts_of_open_clip(read_json(listed))
     hint = "" if spec else "; with open_clip installed its names are known too"
     raise UserError(f"no model is called {name!r}: there are {', '.join(PRESETS)}{hint}")
@@ -41,9 +44,17 @@ def check_images(
 ):
     "Raise UserError where images are to be prepared in another way than CLIP's."
     for k,v in usual.items():
-        if asked.get(k, v) != v and not (isinstance(v, float) and isinstance(asked[k], (int, float)) and abs(asked[k] - v) < 1e-6): raise UserError(f"{where} asks for {k} = {asked[k]!r} and CLIP's preprocessing has {v!r}: the model would be wrong by a little everywhere (a copy of the file of weights, without the configuration beside it, is opened without this question, for CLIP's own pixels)")
+        if asked.get(k, v) != v and not (isinstance(v, float) and isinstance(asked[k], (int, float))
+                                         and abs(asked[k] - v) < 1e-6):
+            raise UserError(
+                f"{where} asks for {k} = {asked[k]!r} and CLIP's preprocessing has {v!r}: the "
+                f"model would be wrong by a little everywhere (a copy of the file of weights, "
+                f"without the configuration beside it, is opened without this question, for CLIP's "
+                f"own pixels)")
 
-HF_IMAGES = dict(resample=3, do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1/255, do_normalize=True) # CLIP's preprocessing in transformers' words
+# CLIP's preprocessing in transformers' words
+HF_IMAGES = dict(resample=3, do_resize=True, do_center_crop=True, do_rescale=True,
+                 rescale_factor=1/255, do_normalize=True)
 
 def in_pixels(
     images:dict, # transformers' configuration
@@ -52,7 +63,9 @@ def in_pixels(
     "The shorter side is `size`, and the crop a square: a number, or an object that says so."
     size,crop = images.get("size", usual),images.get("crop_size", usual)
     if isinstance(size, dict) and list(size) == ["shortest_edge"]: size = size["shortest_edge"]
-    if isinstance(crop, dict) and set(crop) == {"height", "width"} and crop["height"] == crop["width"]: crop = crop["height"]
+    if isinstance(crop, dict) and set(crop) == {"height",
+                                                "width"} and crop["height"] == crop["width"]:
+        crop = crop["height"]
     return dict(size=size, crop_size=crop)
 
 def as_triple(v)->tuple: return tuple(v) if isinstance(v, (list, tuple)) else (v,) # what isn't three numbers is refused where it is used
@@ -64,17 +77,28 @@ def facts_beside(
     "What the configuration in a folder says. Raises UserError for another kind of model or of images."
     path = folder/"open_clip_config.json"
     if theirs := read_json(path):
-        facts,(images,) = facts_of_open_clip(theirs.get("model_cfg")),objects(theirs, "preprocess_cfg")
+        facts,(images,
+               ) = facts_of_open_clip(theirs.get("model_cfg")),objects(theirs, "preprocess_cfg")
         size = images.get("size", facts["img_size"])
-        check_images(path, images | dict(size=size[0] if isinstance(size, list) and len(set(size)) == 1 else size), dict(interpolation="bicubic", resize_mode="shortest", size=facts["img_size"], mode="RGB"))
+        check_images(path,
+                     images | dict(size=size[0] if isinstance(size, list) and len(set(size)) == 1
+                                   else size), dict(interpolation="bicubic", resize_mode="shortest",
+                                   size=facts["img_size"], mode="RGB"))
         return facts, as_triple(images.get("mean", MEAN)), as_triple(images.get("std", STD))
     theirs = read_json(folder/"config.json")
     if theirs is None or "model_type" not in theirs: return {}, MEAN, STD
-    facts,old,new = facts_of_hf(theirs),read_json(folder/"preprocessor_config.json"),read_json(folder/"processor_config.json") # transformers 5 writes the second
+    # transformers 5 writes the second
+    facts,old,new = facts_of_hf(theirs),read_json(folder/"preprocessor_config.json"),read_json(
+        folder/"processor_config.json")
     (within,) = objects(new or {}, "image_processor")
-    if old and within and old != within: raise UserError(f"{folder} has two preparations of images that differ, in preprocessor_config.json and in processor_config.json: remove the wrong one")
+    if old and within and old != within:
+        raise UserError(
+            f"{folder} has two preparations of images that differ, in preprocessor_config.json and "
+            f"in processor_config.json: remove the wrong one")
     images = old or within
-    check_images(folder/("preprocessor_config.json" if old else "processor_config.json"), images | in_pixels(images, facts["img_size"]), HF_IMAGES | dict(size=facts["img_size"], crop_size=facts["img_size"]))
+    check_images(folder/("preprocessor_config.json" if old else "processor_config.json"),
+                 images | in_pixels(images, facts["img_size"]),
+                 HF_IMAGES | dict(size=facts["img_size"], crop_size=facts["img_size"]))
     return facts, as_triple(images.get("image_mean", MEAN)), as_triple(images.get("image_std", STD))
 
 # %% ../nbs/87_foreign.ipynb #2f6d95db
@@ -83,9 +107,12 @@ def merges_of(
 )->list[tuple[str, str]]:
     "The merges in a folder's text file. Raises UserError where the vocabulary beside it is not made of them."
     try: lines = (folder/"merges.txt").read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as e: raise UserError(f"{folder/'merges.txt'} can't be read: {e}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder/'merges.txt'} can't be read: {e}") from None
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if any(len(m) != 2 for m in merges) or BPE(merges).ids != read_json(folder/"vocab.json"): raise UserError(f"vocab.json in {folder} is not a CLIP's: bytes, then merges.txt, then [SOS] and [EOS]")
+    if any(len(m) != 2 for m in merges) or BPE(merges).ids != read_json(folder/"vocab.json"):
+        raise UserError(
+            f"vocab.json in {folder} is not a CLIP's: bytes, then merges.txt, then [SOS] and [EOS]")
     return merges
 
 def find_tokenizer(
@@ -101,9 +128,16 @@ def find_tokenizer(
         if place is None: continue
         if (place/"tokenizer.json").is_file() and (place/"tokenizer_config.json").is_file():
             return BPETokenizer.load(place, config.ctx_len)
-        if (place/"merges.txt").is_file() and (place/"vocab.json").is_file(): return BPETokenizer(merges_of(place), config.ctx_len)
-        if place is not folder: raise UserError(f"no tokenizer in {place}: expected tokenizer.json with tokenizer_config.json, or merges.txt with vocab.json, or a file of merges")
-    if config.vocab_size != PRESETS["ViT-B/32"].vocab_size: raise UserError(f"a vocabulary of {config.vocab_size} tokens is not the released one: pass tokenizer=FOLDER with its tokenizer.json, or a BPETokenizer")
+        if (place/"merges.txt").is_file() and (place/"vocab.json").is_file():
+            return BPETokenizer(merges_of(place), config.ctx_len)
+        if place is not folder:
+            raise UserError(
+                f"no tokenizer in {place}: expected tokenizer.json with tokenizer_config.json, or "
+                f"merges.txt with vocab.json, or a file of merges")
+    if config.vocab_size != PRESETS["ViT-B/32"].vocab_size:
+        raise UserError(
+            f"a vocabulary of {config.vocab_size} tokens is not the released one: pass "
+            f"tokenizer=FOLDER with its tokenizer.json, or a BPETokenizer")
     return BPETokenizer.from_openai(find_merges(download=download), config.ctx_len)
 
 # %% ../nbs/87_foreign.ipynb #0b052c89
@@ -114,7 +148,10 @@ def agree(
 )->dict:        # both
     "Join facts. Raises UserError where they contradict each other."
     for k,v in more.items():
-        if k in facts and facts[k] != v: raise UserError(f"{who} says {k} = {v}, and {facts[k]} was expected: one of the two belongs to another model (without a name, the file and what lies beside it decide alone)")
+        if k in facts and facts[k] != v:
+            raise UserError(
+                f"{who} says {k} = {v}, and {facts[k]} was expected: one of the two belongs to "
+                f"another model (without a name, the file and what lies beside it decide alone)")
     return facts | more
 
 def exists(path:Path)->bool: # and not an error for what can't be a path
@@ -128,10 +165,14 @@ def locate(
 )->tuple[Path, bool]:   # a folder or a file on this machine; whether something was asked from the network
     "Where weights lie, fetched if that was asked for. Raises UserError."
     if name and str(source) == "openai":
-        if name not in RELEASES: raise UserError(f"OpenAI published {', '.join(RELEASES)}, and no {name}")
+        if name not in RELEASES:
+            raise UserError(f"OpenAI published {', '.join(RELEASES)}, and no {name}")
         return fetch(RELEASES[name].repo), True
     if str(source).startswith(HUB): return fetch(str(source).removeprefix(HUB)), True
-    if not str(source) or not exists(Path(source)): raise UserError(f"no file or folder {source}: weights are a path, hf-hub:owner/name, or \"openai\" to download the released ones")
+    if not str(source) or not exists(Path(source)):
+        raise UserError(
+            f"no file or folder {source}: weights are a path, hf-hub:owner/name, or \"openai\" to "
+            f"download the released ones")
     return Path(source), False
 
 # %% ../nbs/87_foreign.ipynb #6bf5bd60
@@ -144,11 +185,18 @@ def open_foreign(
 )->tuple[dict, CLIPConfig, BPETokenizer]: # weights by their released names, configuration, tokenizer
     "Open what others wrote. Raises UserError where something is missing, damaged, contradictory or unsafe."
     path,asked = locate(source, name)
-    folder = path if path.is_dir() else path.parent if path.name in WEIGHT_FILES else None # such a name belongs to a folder
-    facts,(beside,mean,std) = facts_of_name(name) if name else {},facts_beside(folder) if folder else ({}, MEAN, STD)
+    # such a name belongs to a folder
+    folder = path if path.is_dir() else path.parent if path.name in WEIGHT_FILES else None
+    facts,(beside,mean,
+           std) = facts_of_name(name) if name else {},facts_beside(folder) if folder else ({}, MEAN,
+           STD)
     facts = agree(facts, beside, f"the configuration in {folder}")
-    if path.is_file() and kind_of(path) == "torchscript" and (published := release_of(path)): facts = agree(facts, facts_of_name(published), f"the SHA-256 of {path.name}, which is OpenAI's {published},")
+    if path.is_file() and kind_of(path) == "torchscript" and (published := release_of(path)):
+        facts = agree(facts, facts_of_name(published),
+                      f"the SHA-256 of {path.name}, which is OpenAI's {published},")
     if quick_gelu is not None: facts = agree(facts, dict(quick_gelu=quick_gelu), "your word")
-    state = released_names((read_folder if path.is_dir() else read_tensors)(path, trust_torchscript))
+    state = released_names(
+        (read_folder if path.is_dir() else read_tensors)(path, trust_torchscript))
     config = config_of(state, **facts)
-    return with_clip_pixels(state, mean, std), config, find_tokenizer(tokenizer, folder, config, asked)
+    return with_clip_pixels(state, mean,
+                            std), config, find_tokenizer(tokenizer, folder, config, asked)

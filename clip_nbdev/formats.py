@@ -33,7 +33,9 @@ HF_STARTS = { # beginnings of names: released, transformers
     "text_projection":               "text_projection.weight",
     "logit_scale":                   "logit_scale",
 }
-HF_PARTS = {".ln_1.":".layer_norm1.", ".ln_2.":".layer_norm2.", ".mlp.c_fc.":".mlp.fc1.", ".mlp.c_proj.":".mlp.fc2.", ".attn.":".self_attn."} # of a block
+# of a block
+HF_PARTS = {".ln_1.":".layer_norm1.", ".ln_2.":".layer_norm2.", ".mlp.c_fc.":".mlp.fc1.",
+            ".mlp.c_proj.":".mlp.fc2.", ".attn.":".self_attn."}
 TURNED = ("visual.proj", "text_projection") # stored as the transpose there
 
 def respell(
@@ -43,7 +45,10 @@ def respell(
 )->str:
     "A weight's name in the other spelling. Raises UserError for one that has no counterpart."
     start = next((a for a in starts if name.startswith(a)), None)
-    if start is None: raise UserError(f"{name!r} has no counterpart in the other layout: a transformers CLIPModel is a vision transformer with a causal text tower")
+    if start is None:
+        raise UserError(
+            f"{name!r} has no counterpart in the other layout: a transformers CLIPModel is a "
+            f"vision transformer with a causal text tower")
     name = starts[start] + name.removeprefix(start)
     for a,b in parts.items(): name = name.replace(a, b)
     return name
@@ -56,7 +61,9 @@ def to_hf(
     out = {}
     for k,v in state.items():
         name = respell(k, HF_STARTS, HF_PARTS)
-        if ".in_proj_" in name: out |= {name.replace(".in_proj_", f".{part}_proj."):rows for part,rows in zip("qkv", v.chunk(3))}
+        if ".in_proj_" in name:
+            out |= {name.replace(".in_proj_", f".{part}_proj."):rows
+                    for part,rows in zip("qkv", v.chunk(3))}
         else: out[name] = v.T if k in TURNED else v
     return {k:v.contiguous() for k,v in out.items()}
 
@@ -71,32 +78,49 @@ def from_hf(
         if ".attn.k_proj." in name or ".attn.v_proj." in name: continue # taken along with the query
         if ".attn.q_proj." in name:
             thirds = [k.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            if lost := [third for third in thirds if third not in state]: raise UserError(f"{thirds[0]} is there and {lost[0]} is missing")
-            if len({state[third].shape for third in thirds}) > 1: raise UserError(f"{', '.join(thirds)} have different shapes: {', '.join(str(tuple(state[third].shape)) for third in thirds)}")
-            name,v = name.replace(".attn.q_proj.", ".attn.in_proj_"),torch.cat([state[third] for third in thirds])
+            if lost := [third for third in thirds if third not in state]:
+                raise UserError(f"{thirds[0]} is there and {lost[0]} is missing")
+            if len({state[third].shape for third in thirds}) > 1:
+                raise UserError(
+                    f"{', '.join(thirds)} have different shapes: "
+                    f"{', '.join(str(tuple(state[third].shape)) for third in thirds)}")
+            name,v = name.replace(".attn.q_proj.",
+                                  ".attn.in_proj_"),torch.cat([state[third] for third in thirds])
         out[name] = v.T if name in TURNED else v
     return {k:v.contiguous() for k,v in out.items()}
 
 # %% ../nbs/85_formats.ipynb #16a49928
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-STRANGERS = {"visual.trunk.":"an image tower of timm", "text.transformer.embeddings.":"a text tower of transformers", "text.transformer.encoder.":"a text tower of transformers",
-             "text_decoder.":"CoCa, which has a decoder", "vision_model.head.":"SigLIP, whose image tower pools by attention", "visual.attn_pool.":"a ViT that pools by attention",
+STRANGERS = {"visual.trunk.":"an image tower of timm",
+             "text.transformer.embeddings.":"a text tower of transformers",
+             "text.transformer.encoder.":"a text tower of transformers",
+             "text_decoder.":"CoCa, which has a decoder",
+             "vision_model.head.":"SigLIP, whose image tower pools by attention",
+             "visual.attn_pool.":"a ViT that pools by attention",
              "params/":"big_vision's", "img/":"big_vision's"}
 
 def released_names(
     state:dict, # weights in any of the layouts
 )->dict:        # released names, weights alone
     "One spelling for all. Raises UserError for what is no CLIP of the paper."
-    while state and (wrapper := next((w for w in WRAPPERS if all(k.startswith(w) for k in state)), None)): state = {k.removeprefix(wrapper):v for k,v in state.items()}
+    while state and (wrapper := next((w for w in WRAPPERS if all(k.startswith(w) for k in state)),
+                                     None)):
+        state = {k.removeprefix(wrapper):v for k,v in state.items()}
     for start,what in STRANGERS.items():
-        if name := next((k for k in state if k.startswith(start)), None): raise UserError(f"{name!r} belongs to another kind of model ({what}): clip_nbdev has the paper's towers alone")
-    if any(k.startswith("text_model.") for k in state): state = from_hf({k:v for k,v in state.items() if not k.endswith(".position_ids")})
+        if name := next((k for k in state if k.startswith(start)), None):
+            raise UserError(
+                f"{name!r} belongs to another kind of model ({what}): clip_nbdev has the paper's "
+                f"towers alone")
+    if any(k.startswith("text_model.") for k in state):
+        state = from_hf({k:v for k,v in state.items() if not k.endswith(".position_ids")})
     state = {k.removeprefix("text."):v for k,v in state.items()}
-    return {k:v.reshape(()) if k in ("logit_scale", "logit_bias") and v.numel() == 1 else v for k,v in state.items() if k not in NOT_WEIGHTS}
+    return {k:v.reshape(()) if k in ("logit_scale", "logit_bias") and v.numel() == 1 else v
+            for k,v in state.items() if k not in NOT_WEIGHTS}
 
 # %% ../nbs/85_formats.ipynb #18018b70
-HEAD_WIDTHS = {1280:80, 1408:88, 1664:104, 1792:112} # image towers of ViT-H, -g, -bigG, -e: sixteen heads; all others have 64 channels a head
+# image towers of ViT-H, -g, -bigG, -e: sixteen heads; all others have 64 channels a head
+HEAD_WIDTHS = {1280:80, 1408:88, 1664:104, 1792:112}
 SMALLEST = 384 # width below which heads are not guessed
 
 def count(
@@ -113,15 +137,20 @@ def vision_sizes(
     if any(k.startswith("visual.layer1.") for k in state): # a ResNet
         layers = tuple(count(state, f"visual.layer{i}.") for i in range(1, 5))
         side = math.isqrt(len(state["visual.attnpool.positional_embedding"])-1)
-        return dict(vision_layers=layers, vision_width=len(state["visual.layer1.0.conv1.weight"]), img_size=32*side)
+        return dict(vision_layers=layers, vision_width=len(state["visual.layer1.0.conv1.weight"]),
+                    img_size=32*side)
     width,_,patch,_ = state["visual.conv1.weight"].shape
     hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
     side = math.isqrt(len(state["visual.positional_embedding"])-1)
-    return dict(vision_layers=count(state, "visual.transformer.resblocks."), vision_width=width, patch_size=patch, img_size=patch*side,
-                vision_head_width=HEAD_WIDTHS.get(width, 64), vision_mlp_width=None if hidden == 4*width else hidden)
+    return dict(vision_layers=count(state, "visual.transformer.resblocks."), vision_width=width,
+                patch_size=patch, img_size=patch*side,
+                vision_head_width=HEAD_WIDTHS.get(width, 64),
+                vision_mlp_width=None if hidden == 4*width else hidden)
 
 # %% ../nbs/85_formats.ipynb #184d477d
-SHAPED = ("embed_dim", "img_size", "vision_layers", "vision_width", "patch_size", "text_width", "text_layers", "ctx_len", "vocab_size") # what shapes tell
+# what shapes tell
+SHAPED = ("embed_dim", "img_size", "vision_layers", "vision_width", "patch_size", "text_width",
+          "text_layers", "ctx_len", "vocab_size")
 
 def sizes_of(
     state:dict, # released names
@@ -129,10 +158,16 @@ def sizes_of(
     "Every size that shapes tell. Raises UserError for weights that lack a part."
     try:
         ctx_len,width = state["positional_embedding"].shape
-        text = dict(ctx_len=ctx_len, text_width=width, text_heads=max(1, width//64), text_layers=count(state, "transformer.resblocks."))
-        return text | vision_sizes(state) | dict(vocab_size=len(state["token_embedding.weight"]), embed_dim=state["text_projection"].shape[1])
-    except KeyError as e: raise UserError(f"these are not the weights of a whole CLIP: {e} is missing") from None
-    except (ValueError, IndexError, TypeError): raise UserError("these are not the weights of a CLIP: positions, projection or first convolution have another number of dimensions") from None
+        text = dict(ctx_len=ctx_len, text_width=width, text_heads=max(1, width//64),
+                    text_layers=count(state, "transformer.resblocks."))
+        return text | vision_sizes(state) | dict(vocab_size=len(state["token_embedding.weight"]),
+                                                 embed_dim=state["text_projection"].shape[1])
+    except KeyError as e:
+        raise UserError(f"these are not the weights of a whole CLIP: {e} is missing") from None
+    except (ValueError, IndexError, TypeError):
+        raise UserError(
+            "these are not the weights of a CLIP: positions, projection or first convolution have "
+            "another number of dimensions") from None
 
 # %% ../nbs/85_formats.ipynb #fd7e800d
 def config_of(
@@ -140,21 +175,41 @@ def config_of(
     **known,    # fields of CLIPConfig that a configuration, a name or the user tells; quick_gelu has to be among them
 )->CLIPConfig:
     "The configuration that weights belong to. What is not known is read off their shapes, as the released code does. Raises UserError for weights of something else."
-    if known.get("quick_gelu") is None: raise UserError("no weight tells QuickGELU from GELU: say quick_gelu=True (OpenAI's weights, MetaCLIP's, names with -quickgelu) or quick_gelu=False (most of LAION's and DataComp's)")
-    bias = dict(logit_bias=state["logit_bias"].item()) if "logit_bias" in state and state["logit_bias"].numel() == 1 else {}
-    if all(k in known for k in SHAPED): return CLIPConfig(**known | bias) # whether the weights fit is seen where they are loaded, name by name
+    if known.get("quick_gelu") is None:
+        raise UserError(
+            "no weight tells QuickGELU from GELU: say quick_gelu=True (OpenAI's weights, "
+            "MetaCLIP's, names with -quickgelu) or quick_gelu=False (most of LAION's and "
+            "DataComp's)")
+    bias = dict(
+        logit_bias=state["logit_bias"].item(
+        )) if "logit_bias" in state and state["logit_bias"].numel() == 1 else {}
+    # whether the weights fit is seen where they are loaded, name by name
+    if all(k in known for k in SHAPED): return CLIPConfig(**known | bias)
     read = sizes_of(state)
-    for k,width in dict(text_heads=read["text_width"], vision_head_width=read["vision_width"]*(1 if "patch_size" in read else 32)).items():
-        if known.get(k) is None and width < SMALLEST: raise UserError(f"weights don't tell how many heads attention has, and a tower as narrow as {width} may have any: say of which model they are, or load the folder with its configuration")
-    if "patch_size" not in read and known.get("img_size", 0)//32 == read["img_size"]//32: read["img_size"] = known["img_size"]
+    for k,width in dict(text_heads=read["text_width"],
+                        vision_head_width=read["vision_width"]*(
+        1 if "patch_size" in read else 32)).items():
+        if known.get(k) is None and width < SMALLEST:
+            raise UserError(
+                f"weights don't tell how many heads attention has, and a tower as narrow as "
+                f"{width} may have any: say of which model they are, or load the folder with its "
+                f"configuration")
+    if "patch_size" not in read and known.get("img_size", 0)//32 == read["img_size"]//32:
+        read["img_size"] = known["img_size"]
     for k in SHAPED:
-        if k in known and known[k] != read.get(k): raise UserError(f"the weights have {k} {read.get(k)}, and {known[k]!r} was expected: is this file of another model?")
+        if k in known and known[k] != read.get(k):
+            raise UserError(
+                f"the weights have {k} {read.get(k)}, and {known[k]!r} was expected: is this file "
+                f"of another model?")
     return CLIPConfig(**read | bias | {k:v for k,v in known.items() if v is not None})
 
 # %% ../nbs/85_formats.ipynb #8fedfdfb
-HARMLESS = ("patch_dropout", "output_tokens", "eos_id", "pad_id", "attn_pooler_queries", "attn_pooler_heads",
+HARMLESS = ("patch_dropout", "output_tokens", "eos_id", "pad_id", "attn_pooler_queries",
+            "attn_pooler_heads",
             "init_logit_scale", "init_logit_bias", "custom_text", "nonscalar_logit_scale") # to the paper's towers in an evaluation
-USUAL = dict(hf_tokenizer_name=(".",), pool_type=("tok", "argmax"), pos_embed_type=("learnable",), proj_type=("linear",), mlp_ratio=(4,)) # what the paper does has a name there
+# what the paper does has a name there
+USUAL = dict(hf_tokenizer_name=(".",), pool_type=("tok", "argmax"), pos_embed_type=("learnable",),
+             proj_type=("linear",), mlp_ratio=(4,))
 
 def check_switches(
     part:dict, # of open_clip's configuration
@@ -162,9 +217,13 @@ def check_switches(
 ):
     "Raise UserError for a switch that asks for another function than the paper's."
     for k,v in part.items():
-        of_others = k.startswith(("hf_", "timm_")) and not k.endswith(("_model_name", "_tokenizer_name")) # asks for nothing where no other model is named
+        # asks for nothing where no other model is named
+        of_others = k.startswith(("hf_", "timm_")) and not k.endswith(
+            ("_model_name", "_tokenizer_name"))
         if k in known or k in HARMLESS or of_others or not v or v in USUAL.get(k, ()): continue
-        raise UserError(f"open_clip's configuration asks for {k} = {v!r}, and the paper's towers have no such thing")
+        raise UserError(
+            f"open_clip's configuration asks for {k} = {v!r}, and the paper's towers have no such "
+            f"thing")
 
 # %% ../nbs/85_formats.ipynb #91a1fc12
 def objects(
@@ -172,10 +231,12 @@ def objects(
     *names:str, # of its parts
 )->list[dict]:
     "Parts of a configuration that must be JSON objects; one that is left out is empty. Raises UserError."
-    if not isinstance(where, dict): raise UserError(f"a configuration must be a JSON object, not {type(where).__name__}")
+    if not isinstance(where, dict):
+        raise UserError(f"a configuration must be a JSON object, not {type(where).__name__}")
     parts = [where.get(k) if where.get(k) is not None else {} for k in names]
     for k,part in zip(names, parts):
-        if not isinstance(part, dict): raise UserError(f"{k} must be a JSON object, not {type(part).__name__}")
+        if not isinstance(part, dict):
+            raise UserError(f"{k} must be a JSON object, not {type(part).__name__}")
     return parts
 
 def numbers(
@@ -185,7 +246,8 @@ def numbers(
     "Numbers of a configuration. Raises UserError for anything else."
     for k,v in usual.items():
         found = part.get(k, v)
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0: raise UserError(f"{k} must be a number above 0, not {found!r}")
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+            raise UserError(f"{k} must be a number above 0, not {found!r}")
     return [part.get(k, v) for k,v in usual.items()]
 
 # %% ../nbs/85_formats.ipynb #d4f66102
@@ -194,16 +256,24 @@ def facts_of_open_clip(
 )->dict:            # fields of CLIPConfig
     "What open_clip's configuration says. Raises UserError for another kind of model."
     vision,text = objects(model_cfg, "vision_cfg", "text_cfg")
-    if not {"vision_cfg", "text_cfg", "embed_dim"} <= model_cfg.keys(): raise UserError("open_clip's configuration needs embed_dim, vision_cfg and text_cfg")
+    if not {"vision_cfg", "text_cfg", "embed_dim"} <= model_cfg.keys():
+        raise UserError("open_clip's configuration needs embed_dim, vision_cfg and text_cfg")
     check_switches(model_cfg, ("vision_cfg", "text_cfg", "embed_dim", "quick_gelu"))
-    check_switches(vision, ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"))
+    check_switches(vision,
+                   ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"))
     check_switches(text, ("context_length", "vocab_size", "width", "heads", "layers"))
     width,ratio,img_size = numbers(vision, width=768, mlp_ratio=4, image_size=224)
     layers,hidden = vision.get("layers", 12),int(width*ratio)
     is_vit = not isinstance(layers, list)
-    return dict(embed_dim=model_cfg["embed_dim"], quick_gelu=model_cfg.get("quick_gelu", False), img_size=img_size, vision_width=width, vision_head_width=vision.get("head_width", 64),
-                vision_layers=layers if is_vit else tuple(layers), patch_size=vision.get("patch_size", 16) if is_vit else None, vision_mlp_width=hidden if is_vit and hidden != 4*width else None,
-                text_width=text.get("width", 512), text_heads=text.get("heads", 8), text_layers=text.get("layers", 12), ctx_len=text.get("context_length", 77), vocab_size=text.get("vocab_size", 49408))
+    return dict(embed_dim=model_cfg["embed_dim"], quick_gelu=model_cfg.get("quick_gelu", False),
+                img_size=img_size, vision_width=width,
+                vision_head_width=vision.get("head_width", 64),
+                vision_layers=layers if is_vit else tuple(layers),
+                patch_size=vision.get("patch_size", 16) if is_vit else None,
+                vision_mlp_width=hidden if is_vit and hidden != 4*width else None,
+                text_width=text.get("width", 512), text_heads=text.get("heads", 8),
+                text_layers=text.get("layers", 12), ctx_len=text.get("context_length", 77),
+                vocab_size=text.get("vocab_size", 49408))
 
 # %% ../nbs/85_formats.ipynb #48edf6d8
 def facts_of_hf(
@@ -211,17 +281,33 @@ def facts_of_hf(
 )->dict:         # fields of CLIPConfig
     "What transformers' configuration says. Raises UserError for another kind of model."
     both = objects(config, "text_config", "vision_config", "text_config_dict", "vision_config_dict")
-    if config.get("model_type") != "clip": raise UserError(f"a configuration of transformers with model_type {config.get('model_type')!r}, not 'clip'")
+    if config.get("model_type") != "clip":
+        raise UserError(
+            f"a configuration of transformers with model_type {config.get('model_type')!r}, not "
+            f"'clip'")
     text,vision = both[0] | both[2],both[1] | both[3]
-    acts,eps = ([tower.get(k, usual) for tower in (text, vision)] for k,usual in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)))
-    if acts not in (["quick_gelu"]*2, ["gelu"]*2) or eps != [1e-5]*2: raise UserError(f"towers with activations {acts} and LayerNorm constants {eps}: a CLIP has quick_gelu or gelu in both, and 1e-05")
+    acts,eps = ([tower.get(k, usual) for tower in (text, vision)]
+                for k,usual in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)))
+    if acts not in (["quick_gelu"]*2, ["gelu"]*2) or eps != [1e-5]*2:
+        raise UserError(
+            f"towers with activations {acts} and LayerNorm constants {eps}: a CLIP has quick_gelu "
+            f"or gelu in both, and 1e-05")
     vocab_size,text_width = numbers(text, vocab_size=49408, hidden_size=512)
-    width,heads,hidden = numbers(vision, hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+    width,heads,hidden = numbers(vision, hidden_size=768, num_attention_heads=12,
+                                 intermediate_size=3072)
     if width % heads: raise UserError(f"an image tower of width {width} can't have {heads} heads")
-    if text.get("eos_token_id", 2) not in (2, vocab_size-1, None): raise UserError(f"[EOS] is token {text['eos_token_id']} of {vocab_size}: our text tower reads at the last one")
-    return dict(embed_dim=config.get("projection_dim", 512), quick_gelu=acts[0] == "quick_gelu", img_size=vision.get("image_size", 224), patch_size=vision.get("patch_size", 32), vision_width=width,
-                vision_layers=vision.get("num_hidden_layers", 12), vision_head_width=width//heads, vision_mlp_width=hidden if hidden != 4*width else None,
-                text_width=text_width, text_heads=text.get("num_attention_heads", 8), text_layers=text.get("num_hidden_layers", 12), ctx_len=text.get("max_position_embeddings", 77), vocab_size=vocab_size)
+    if text.get("eos_token_id", 2) not in (2, vocab_size-1, None):
+        raise UserError(
+            f"[EOS] is token {text['eos_token_id']} of {vocab_size}: our text tower reads at the "
+            f"last one")
+    return dict(embed_dim=config.get("projection_dim", 512), quick_gelu=acts[0] == "quick_gelu",
+                img_size=vision.get("image_size", 224), patch_size=vision.get("patch_size", 32),
+                vision_width=width,
+                vision_layers=vision.get("num_hidden_layers", 12), vision_head_width=width//heads,
+                vision_mlp_width=hidden if hidden != 4*width else None,
+                text_width=text_width, text_heads=text.get("num_attention_heads", 8),
+                text_layers=text.get("num_hidden_layers", 12),
+                ctx_len=text.get("max_position_embeddings", 77), vocab_size=vocab_size)
 
 # %% ../nbs/85_formats.ipynb #5e9701fb
 def hf_config(
@@ -229,15 +315,29 @@ def hf_config(
 )->dict:               # contents of transformers' config.json
     "The same architecture in transformers' words. Raises UserError for what transformers has no class for."
     c = config
-    if not c.patch_size: raise UserError("transformers has no class for CLIP's ResNets: open_clip opens a run folder as it is, or train a ViT preset")
-    if c.text_tower != "transformer": raise UserError(f"transformers' CLIPModel has no text tower of kind {c.text_tower!r}")
-    if c.logit_bias is not None: raise UserError("transformers' CLIPModel has no bias: a model of the sigmoid loss can't be written as one")
-    act = dict(hidden_act="quick_gelu" if c.quick_gelu else "gelu", layer_norm_eps=1e-5, projection_dim=c.embed_dim)
-    text = dict(hidden_size=c.text_width, intermediate_size=4*c.text_width, num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads, max_position_embeddings=c.ctx_len,
-                vocab_size=c.vocab_size, bos_token_id=c.vocab_size-2, eos_token_id=c.vocab_size-1, pad_token_id=c.vocab_size-1)
-    vision = dict(hidden_size=c.vision_width, intermediate_size=c.vision_mlp_width or 4*c.vision_width, num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_heads,
+    if not c.patch_size:
+        raise UserError(
+            "transformers has no class for CLIP's ResNets: open_clip opens a run folder as it is, "
+            "or train a ViT preset")
+    if c.text_tower != "transformer":
+        raise UserError(f"transformers' CLIPModel has no text tower of kind {c.text_tower!r}")
+    if c.logit_bias is not None:
+        raise UserError(
+            "transformers' CLIPModel has no bias: a model of the sigmoid loss can't be written as "
+            "one")
+    act = dict(hidden_act="quick_gelu" if c.quick_gelu else "gelu", layer_norm_eps=1e-5,
+               projection_dim=c.embed_dim)
+    text = dict(hidden_size=c.text_width, intermediate_size=4*c.text_width,
+                num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads,
+                max_position_embeddings=c.ctx_len,
+                vocab_size=c.vocab_size, bos_token_id=c.vocab_size-2, eos_token_id=c.vocab_size-1,
+                pad_token_id=c.vocab_size-1)
+    vision = dict(hidden_size=c.vision_width, intermediate_size=c.vision_mlp_width
+                  or 4*c.vision_width, num_hidden_layers=c.vision_layers,
+                  num_attention_heads=c.vision_heads,
                   image_size=c.img_size, patch_size=c.patch_size)
-    return dict(architectures=["CLIPModel"], model_type="clip", dtype="float32", projection_dim=c.embed_dim, text_config=text | act, vision_config=vision | act)
+    return dict(architectures=["CLIPModel"], model_type="clip", dtype="float32",
+                projection_dim=c.embed_dim, text_config=text | act, vision_config=vision | act)
 
 # %% ../nbs/85_formats.ipynb #f491e3dd
 def with_clip_pixels(
@@ -246,12 +346,24 @@ def with_clip_pixels(
 )->dict:         # released names, for CLIP's own mean and deviation
     "Fold another normalisation of the pixels into a ViT's first layer. Raises UserError for a ResNet."
     for what,three in dict(mean=mean, std=std).items():
-        if len(three) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in three) or what == "std" and min(three) <= 0: raise UserError(f"{what} of the pixels must be three numbers{', all above 0' if what == 'std' else ''}, not {three!r}")
+        if len(three) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v)
+                                      for v in three) or what == "std" and min(three) <= 0:
+            raise UserError(
+                f"{what} of the pixels must be three "
+                f"numbers{', all above 0' if what == 'std' else ''}, not {three!r}")
     if tuple(mean) == MEAN and tuple(std) == STD: return state
-    if "visual.proj" not in state: raise UserError(f"a ResNet for pixels with mean {tuple(mean)} and deviation {tuple(std)}: only CLIP's own are possible here, as its first convolution pads with zeros")
-    m,s,their_m,their_s = (torch.tensor(v, dtype=torch.float64)[:,None,None] for v in (MEAN, STD, mean, std))
-    conv,positions = (state[f"visual.{k}"].double() for k in ("conv1.weight", "positional_embedding"))
-    constant = (conv * ((m - their_m)/their_s)).sum((1, 2, 3))         # (D,) the same for every patch
-    positions = torch.cat([positions[:1], positions[1:] + constant])   # the class token reads no pixels
+    if "visual.proj" not in state:
+        raise UserError(
+            f"a ResNet for pixels with mean {tuple(mean)} and deviation {tuple(std)}: only CLIP's "
+            f"own are possible here, as its first convolution pads with zeros")
+    m,s,their_m,their_s = (torch.tensor(v, dtype=torch.float64)[:,None,None]
+                           for v in (MEAN, STD, mean, std))
+    conv,positions = (state[f"visual.{k}"].double()
+                      for k in ("conv1.weight", "positional_embedding"))
+    # (D,) the same for every patch
+    constant = (conv * ((m - their_m)/their_s)).sum((1, 2, 3))
+    # the class token reads no pixels
+    positions = torch.cat([positions[:1], positions[1:] + constant])
     dtype = torch.promote_types(state["visual.conv1.weight"].dtype, torch.float32)
-    return state | {"visual.conv1.weight":(conv*s/their_s).to(dtype), "visual.positional_embedding":positions.to(dtype)}
+    return state | {"visual.conv1.weight":(conv*s/their_s).to(dtype),
+                    "visual.positional_embedding":positions.to(dtype)}

@@ -35,7 +35,8 @@ from .core import UserError
 
 # %% ../nbs/01_glyphs.ipynb #310a8dd4
 TRAIN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono")
-HELD_OUT_FONTS = dict(letters_serif="DejaVuSerif", letters_stix="STIXGeneral", symbols_oblique="DejaVuSans-Oblique")
+HELD_OUT_FONTS = dict(letters_serif="DejaVuSerif", letters_stix="STIXGeneral",
+                      symbols_oblique="DejaVuSans-Oblique")
 
 @lru_cache(maxsize=None)
 def font_path(
@@ -44,7 +45,9 @@ def font_path(
     "Where a font's file lies. Raises UserError where there is none."
     for path in (Path(font), Path(matplotlib.get_data_path())/"fonts"/"ttf"/f"{font}.ttf"):
         if path.is_file(): return path
-    raise UserError(f"no font {font!r}: give the path of a .ttf or .otf file, or the name of one that matplotlib carries")
+    raise UserError(
+        f"no font {font!r}: give the path of a .ttf or .otf file, or the name of one that "
+        f"matplotlib carries")
 
 @lru_cache(maxsize=None)
 def font_chars(
@@ -53,7 +56,8 @@ def font_chars(
     "The characters that a font draws and that Unicode names. Raises UserError for a file that is no font."
     path = font_path(font)
     try: codes = TTFont(path, fontNumber=0).getBestCmap()
-    except Exception as e: raise UserError(f"{font} is not a font file that can be read ({e})") from None
+    except Exception as e:
+        raise UserError(f"{font} is not a font file that can be read ({e})") from None
     return tuple(chr(c) for c in sorted(codes or ()) if unicodedata.name(chr(c), ""))
 
 # %% ../nbs/01_glyphs.ipynb #1c1f19b4
@@ -94,7 +98,8 @@ def render(
     square = Image.new(img.mode, (size,size))
     square.paste(img.resize((w,h), Image.Resampling.LANCZOS), ((size-w)//2, (size-h)//2))
     pixels = torch.from_numpy(np.array(square))
-    if not colour: return pixels.expand(4,-1,-1) # white ink: its colour times its coverage is the coverage
+    # white ink: its colour times its coverage is the coverage
+    if not colour: return pixels.expand(4,-1,-1)
     rgb,cover = pixels[...,:3].int(),pixels[...,3:].int()
     return torch.cat([rgb*cover//255, cover], 2).permute(2,0,1).to(torch.uint8)
 
@@ -150,7 +155,8 @@ def concepts(
 )->tuple[Concept, ...]:
     "The corpus: the groups above as DejaVu Sans draws them, less each glyph that looks like an earlier one."
     known = set(font_chars("DejaVuSans"))
-    codes = [(code, group) for group,ranges in GROUPS.items() for lo,hi in ranges for code in range(lo, hi+1)]
+    codes = [(code, group) for group,ranges in GROUPS.items() for lo,hi in ranges
+             for code in range(lo, hi+1)]
     chars = [(chr(code), group, "DejaVuSans") for code,group in codes if chr(code) in known]
     chars += [(char, "extra", font) for font in extra_fonts for char in font_chars(font)]
     found,images,kept = {},set(),[]
@@ -167,8 +173,10 @@ def concepts(
 
 # %% ../nbs/01_glyphs.ipynb #2d9bfaf4
 COLOURS = dict(
-    red=(.85,.10,.10), orange=(1.,.55,.05), yellow=(.98,.88,.10), green=(.10,.60,.15), cyan=(.10,.75,.80), blue=(.10,.25,.85),
-    purple=(.50,.10,.65), pink=(1.,.60,.75), brown=(.50,.30,.10), black=(.05,.05,.05), grey=(.50,.50,.50), white=(.97,.97,.97))
+    red=(.85,.10,.10), orange=(1.,.55,.05), yellow=(.98,.88,.10), green=(.10,.60,.15),
+    cyan=(.10,.75,.80), blue=(.10,.25,.85),
+    purple=(.50,.10,.65), pink=(1.,.60,.75), brown=(.50,.30,.10), black=(.05,.05,.05),
+    grey=(.50,.50,.50), white=(.97,.97,.97))
 COLOUR_NAMES = tuple(COLOURS)
 
 @lru_cache(maxsize=None)
@@ -180,10 +188,13 @@ def colour_pairs(
     return (torch.cdist(rgb, rgb) >= least).nonzero()
 
 # %% ../nbs/01_glyphs.ipynb #a29b89db
-TEMPLATES = ("{name}", "the symbol {name}", "{name} on {bg}", "{fg} {name}", "a {fg} {name}", "{name} in {fg}",
+TEMPLATES = ("{name}", "the symbol {name}", "{name} on {bg}", "{fg} {name}", "a {fg} {name}",
+             "{name} in {fg}",
              "a {fg} symbol, {name}", "a {fg} {name} on a {bg} background")
-TEMPLATE_WEIGHTS = (3., 2., 1., 1., 1., 1., 1., 1.) # captions that say a colour can be told apart by it alone: too many of them slow the names down
-PLAIN_TEMPLATES = tuple(t for t in TEMPLATES if "{fg}" not in t) # for glyphs that bring their own colours
+# captions that say a colour can be told apart by it alone: too many of them slow the names down
+TEMPLATE_WEIGHTS = (3., 2., 1., 1., 1., 1., 1., 1.)
+# for glyphs that bring their own colours
+PLAIN_TEMPLATES = tuple(t for t in TEMPLATES if "{fg}" not in t)
 
 def with_article(text:str)->str:
     "\"a orange\" becomes \"an orange\"."
@@ -216,7 +227,8 @@ def random_warp(
     w,h = size * (1 + stretch*signed()), size * (1 + stretch*signed())
     angle,slant = signed()*math.radians(turn), signed()*shear
     cos,sin = angle.cos(), angle.sin()
-    return torch.stack([cos/w, (slant*cos-sin)/w, signed()*shift, sin/h, (slant*sin+cos)/h, signed()*shift], 1).view(n,2,3)
+    return torch.stack([cos/w, (slant*cos-sin)/w, signed()*shift, sin/h, (slant*sin+cos)/h,
+                        signed()*shift], 1).view(n,2,3)
 
 # %% ../nbs/01_glyphs.ipynb #dd76974d
 def warp(
@@ -225,7 +237,8 @@ def warp(
     size:int,      # side of the result in pixels
 )->Tensor:         # (n, c, size, size) float, 0 to 1
     "Draw every glyph through its affine map: one batched operation, however many glyphs."
-    centres = (2*torch.arange(size) + 1)/size - 1                        # of the pixels, from -1 to 1
+    # of the pixels, from -1 to 1
+    centres = (2*torch.arange(size) + 1)/size - 1
     across = theta[:,:,0,None]*centres                                   # (n, 2, W)
     down = theta[:,:,1,None]*centres + theta[:,:,2,None]                 # (n, 2, H)
     grid = (down[:,:,:,None] + across[:,:,None,:]).permute(0,2,3,1)      # (n, H, W, 2)
@@ -253,16 +266,24 @@ def over(
     return img*(1-cover) + torch.where(own[:,None,None,None], glyphs[:,:3], fg*cover)
 
 # %% ../nbs/01_glyphs.ipynb #4d50f990
-NOUNS = {"♥":"heart", "♠":"spade", "♣":"club", "♦":"diamond", "★":"star", "☆":"hollow star", "●":"disc", "○":"ring", "■":"square",
-         "□":"frame", "▲":"triangle", "☀":"sun", "☁":"cloud", "☂":"umbrella", "☃":"snowman", "☄":"comet", "☎":"telephone",
-         "☘":"clover", "☠":"skull", "☢":"trefoil", "☮":"peace sign", "☯":"yin yang", "☹":"frown", "☺":"smile",
-         "☽":"moon", "♀":"venus sign", "♂":"mars sign", "♨":"hot spring", "♩":"note", "♫":"pair of notes", "♻":"recycling sign",
-         "⚐":"hollow flag", "⚑":"flag", "⚒":"hammer", "⚓":"anchor", "⚔":"pair of swords", "⚖":"balance", "⚙":"gear",
-         "⚠":"warning sign", "⚡":"bolt", "⚰":"coffin", "⚱":"urn", "♔":"hollow king", "♚":"king", "♛":"queen", "♜":"rook", "♝":"bishop",
-         "♞":"knight", "♟":"pawn", "☭":"sickle", "☥":"ankh", "→":"arrow", "↔":"double arrow", "☸":"wheel"}
+NOUNS = {"♥":"heart", "♠":"spade", "♣":"club", "♦":"diamond", "★":"star", "☆":"hollow star",
+         "●":"disc", "○":"ring", "■":"square",
+         "□":"frame", "▲":"triangle", "☀":"sun", "☁":"cloud", "☂":"umbrella", "☃":"snowman",
+         "☄":"comet", "☎":"telephone",
+         "☘":"clover", "☠":"skull", "☢":"trefoil", "☮":"peace sign", "☯":"yin yang", "☹":"frown",
+         "☺":"smile",
+         "☽":"moon", "♀":"venus sign", "♂":"mars sign", "♨":"hot spring", "♩":"note",
+         "♫":"pair of notes", "♻":"recycling sign",
+         "⚐":"hollow flag", "⚑":"flag", "⚒":"hammer", "⚓":"anchor", "⚔":"pair of swords",
+         "⚖":"balance", "⚙":"gear",
+         "⚠":"warning sign", "⚡":"bolt", "⚰":"coffin", "⚱":"urn", "♔":"hollow king", "♚":"king",
+         "♛":"queen", "♜":"rook", "♝":"bishop",
+         "♞":"knight", "♟":"pawn", "☭":"sickle", "☥":"ankh", "→":"arrow", "↔":"double arrow",
+         "☸":"wheel"}
 SIZES = {"":0.85, "small ":0.5, "large ":1.0}
 COUNTS = ("", "one", "two", "three")
-RELATIONS = {"above":(0,-1), "below":(0,1), "left of":(-1,0), "right of":(1,0)} # where the first thing stands, x and y
+# where the first thing stands, x and y
+RELATIONS = {"above":(0,-1), "below":(0,1), "left of":(-1,0), "right of":(1,0)}
 
 def plural(noun:str)->str: # "hearts", "pairs of swords"
     "More than one of it."
@@ -282,7 +303,8 @@ class Thing:
 
     def words(self)->str: # "two small red hearts"
         "The thing as a caption says it."
-        count,noun = ("a", self.noun) if self.count == 1 else (COUNTS[self.count], plural(self.noun))
+        count,noun = ("a",
+                      self.noun) if self.count == 1 else (COUNTS[self.count], plural(self.noun))
         return f"{count} {self.size}{COLOUR_NAMES[self.colour]} {noun}"
 
 # %% ../nbs/01_glyphs.ipynb #2bb12d39
@@ -297,7 +319,8 @@ class Scene:
     def caption(self)->str: # "two red hearts above a small black knight"
         "The scene in words."
         text = f" {self.relation} ".join(t.words() for t in self.things)
-        return with_article(f"{text} on a {COLOUR_NAMES[self.ground]} background" if self.told else text)
+        return with_article(f"{text} on a {COLOUR_NAMES[self.ground]} background" if self.told
+                            else text)
 
     def spots(self)->list[tuple[int, int, float, float, float]]: # glyph, colour, x, y, radius
         "Where each glyph stands; the image reaches from -1 to 1."
@@ -324,7 +347,8 @@ def random_scene(
 )->Scene:
     "One thing in a third of all cases, else two; four glyphs at most."
     ground = rng.randrange(len(COLOURS))
-    thing = lambda most: Thing(*rng.choice(nouns), rng.choice(inks_on(ground)), rng.choice(tuple(SIZES)), rng.randint(1, most))
+    thing = lambda most: Thing(*rng.choice(nouns), rng.choice(inks_on(ground)),
+                               rng.choice(tuple(SIZES)), rng.randint(1, most))
     first,told = thing(3),rng.random() < 0.5
     if rng.random() < 1/3: return Scene((first,), None, ground, told)
     return Scene((first, thing(min(3, 4-first.count))), rng.choice(tuple(RELATIONS)), ground, told)
@@ -344,7 +368,8 @@ def drawings(
     extra_fonts:tuple[str, ...],# draw the corpus and their own characters
 )->list[tuple[Tensor, bool]]:   # (4, 64, 64) uint8, whether the colours are the font's own; such drawings come last
     "A concept in every font that draws it."
-    able = [f for f in (*fonts, *extra_fonts) if concept.char in font_chars(f) and (concept.group != "extra" or f in extra_fonts)]
+    able = [f for f in (*fonts, *extra_fonts) if concept.char in font_chars(f)
+            and (concept.group != "extra" or f in extra_fonts)]
     drawn = [(render(concept.char, f), has_colour(f)) for f in able]
     return sorted(((g, own) for g,own in drawn if g is not None), key=lambda d: d[1])
 
@@ -353,13 +378,16 @@ class GlyphBank:
     "The drawings of some concepts in one tensor. Concepts that no font draws are left out."
     def __init__(self, wanted:list[Concept], fonts:tuple[str, ...], extra_fonts:tuple[str, ...]=()):
         drawn = {c:d for c in wanted if (d := drawings(c, tuple(fonts), tuple(extra_fonts)))}
-        if not drawn: raise UserError(f"no font of {fonts} draws any of these {len(wanted)} concepts")
+        if not drawn:
+            raise UserError(f"no font of {fonts} draws any of these {len(wanted)} concepts")
         flat = [drawing for d in drawn.values() for drawing in d]
         self.concepts = list(drawn)
         self.own = torch.tensor([own for _,own in flat])
-        self.glyphs = torch.stack([g if self.own.any() else g[3:] for g,_ in flat]) # (N, 4 or 1, 64, 64)
+        # (N, 4 or 1, 64, 64)
+        self.glyphs = torch.stack([g if self.own.any() else g[3:] for g,_ in flat])
         self.count = torch.tensor([len(d) for d in drawn.values()])
-        self.plain = torch.tensor([sum(not own for _,own in d) for d in drawn.values()]) # drawings that take any colour
+        # drawings that take any colour
+        self.plain = torch.tensor([sum(not own for _,own in d) for d in drawn.values()])
         self.first = self.count.cumsum(0) - self.count
 
     def pick(self,
@@ -406,7 +434,8 @@ def paint_scenes(
     gen:torch.Generator, # source of chance
 )->Tensor:               # (n, 3, H, W) images 0 to 1
     "An image of each scene; the first glyphs of all scenes are laid in one step, then the second ones, and so on."
-    img = shade(torch.tensor([s.ground for s in scenes]), gen).expand(-1, -1, img_size, img_size).clone()
+    img = shade(torch.tensor([s.ground for s in scenes]),
+                gen).expand(-1, -1, img_size, img_size).clone()
     for layer in zip_longest(*(s.spots() for s in scenes)):
         spots = [(row, *spot) for row,spot in enumerate(layer) if spot]
         row,ids,colour,x,y,radius = (torch.tensor(v) for v in zip(*spots))
@@ -425,7 +454,8 @@ class Deck:
     def draw(self, m:int)->Tensor: # (m,) numbers
         "The next numbers."
         if not self.distinct: return torch.randint(self.n, (m,), generator=self.gen)
-        while len(self.queue) < m: # a draw that spans two shuffles takes no number of the first again
+        # a draw that spans two shuffles takes no number of the first again
+        while len(self.queue) < m:
             order = torch.randperm(self.n, generator=self.gen)
             again = torch.isin(order, self.queue)
             self.queue = torch.cat([self.queue, order[~again], order[again]])
@@ -434,13 +464,20 @@ class Deck:
 
     def state_dict(self)->dict: return dict(gen=self.gen.get_state(), queue=self.queue)
 
-    def load_state_dict(self, state:dict): self.gen.set_state(state["gen"]); self.queue = state["queue"]
+    def load_state_dict(self, state:dict):
+        self.gen.set_state(state["gen"])
+        self.queue = state["queue"]
 
 # %% ../nbs/01_glyphs.ipynb #5f732aa5
-def select(splits:tuple[str, ...], groups:tuple[str, ...]|None, extra_fonts:tuple[str, ...])->list[Concept]:
+def select(splits:tuple[str, ...], groups:tuple[str, ...]|None,
+           extra_fonts:tuple[str, ...])->list[Concept]:
     "The concepts of some splits and groups. Raises UserError where there are none."
-    found = [c for c in concepts(tuple(extra_fonts)) if c.split in splits and (groups is None or c.group in groups)]
-    if not found: raise UserError(f"no concept in splits {splits}, groups {groups}: splits are train, val, test; groups are {', '.join(GROUPS)}, extra")
+    found = [c for c in concepts(tuple(extra_fonts)) if c.split in splits
+             and (groups is None or c.group in groups)]
+    if not found:
+        raise UserError(
+            f"no concept in splits {splits}, groups {groups}: splits are train, val, test; groups "
+            f"are {', '.join(GROUPS)}, extra")
     return found
 
 # %% ../nbs/01_glyphs.ipynb #3ce926ef
@@ -459,10 +496,13 @@ class GlyphPairs:
     ):
         self.bank = GlyphBank(select(splits, groups, extra_fonts), fonts, extra_fonts)
         self.concepts,self.glyphs = self.bank.concepts,self.bank.glyphs
-        self.img_size,self.scenes,self.deck = img_size,scenes,Deck(len(self.concepts), distinct, seed)
+        self.img_size,self.scenes,self.deck = img_size,scenes,Deck(len(self.concepts), distinct,
+                                                                   seed)
         self.gen,self.template_weights = self.deck.gen,torch.tensor(template_weights)
-        self.nouns = [(NOUNS[c.char], i) for i,c in enumerate(self.concepts) if c.char in NOUNS and self.bank.plain[i]]
-        if scenes and not self.nouns: raise UserError("scenes need concepts that have a noun: include the group misc")
+        self.nouns = [(NOUNS[c.char], i) for i,c in enumerate(self.concepts) if c.char in NOUNS
+                      and self.bank.plain[i]]
+        if scenes and not self.nouns:
+            raise UserError("scenes need concepts that have a noun: include the group misc")
 
     def singles(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) images 0 to 1, captions, names of the concepts
         "Pairs of one glyph each."
@@ -470,7 +510,8 @@ class GlyphPairs:
         img,*rest = paint_singles(self.bank, ids, self.img_size, self.gen)
         own,fg,bg = (v.tolist() for v in rest)
         names = [self.concepts[i].name for i in ids.tolist()]
-        picks = torch.multinomial(self.template_weights, n, replacement=True, generator=self.gen).tolist()
+        picks = torch.multinomial(self.template_weights, n, replacement=True,
+                                  generator=self.gen).tolist()
         return img, [single_caption(*each) for each in zip(names, picks, fg, bg, own)], names
 
     def scene_pairs(self, n:int)->tuple[Tensor, list[str], list[str]]: # (n, 3, H, W) images 0 to 1, captions, captions
@@ -515,10 +556,13 @@ class EvalSet:
         return (1/(self.choices >= 0).sum(1).double()).mean().item()
 
 NAME_PROMPTS = ("{}", "the symbol {}")
-COLOUR_PROMPTS = ("a {} symbol, black star", "a {} symbol, umbrella", "a {} symbol, black heart suit", "{} black circle",
+COLOUR_PROMPTS = ("a {} symbol, black star", "a {} symbol, umbrella",
+                  "a {} symbol, black heart suit", "{} black circle",
                   "a {} anchor", "a {} latin small letter a")
-SUITE = ("symbols", "faces", "cards", "cards_unseen", "dominoes", "dominoes_unseen", "chess", "dice", "zodiac", "arrows", "letters",
-         "greek", "digits", "colours", "letters_serif", "letters_stix", "symbols_oblique", "symbols_outline", "symbols_noise",
+SUITE = ("symbols", "faces", "cards", "cards_unseen", "dominoes", "dominoes_unseen", "chess",
+         "dice", "zodiac", "arrows", "letters",
+         "greek", "digits", "colours", "letters_serif", "letters_stix", "symbols_oblique",
+         "symbols_outline", "symbols_noise",
          "digits_handwritten")
 
 # %% ../nbs/01_glyphs.ipynb #2243f514
@@ -536,7 +580,8 @@ def handwritten_digits(
     "scikit-learn's 1,797 scanned digits: the one real data set that needs no download."
     data = load_digits()
     ink = torch.tensor(data.images, dtype=torch.float32)[:,None]/16
-    img = F.interpolate(F.pad(ink, (1,1,1,1)), (img_size,img_size), mode="bicubic", antialias=True).clamp(0,1)
+    img = F.interpolate(F.pad(ink, (1,1,1,1)), (img_size,img_size), mode="bicubic",
+                        antialias=True).clamp(0,1)
     names = tuple(c.name for c in concepts() if c.group == "digits")
     return EvalSet((1-img).expand(-1,3,-1,-1), torch.tensor(data.target), names, NAME_PROMPTS)
 
@@ -548,13 +593,16 @@ def eval_set(
     seed:int=1234,           # fixed, so that every model sees the same images
 )->EvalSet:
     "One evaluation set of the corpus. Raises UserError for a name that is not in SUITE."
-    if name not in SUITE + ("cards_val", "dominoes_val"): raise UserError(f"no evaluation set {name!r}: there are {', '.join(SUITE)}")
+    if name not in SUITE + ("cards_val", "dominoes_val"):
+        raise UserError(f"no evaluation set {name!r}: there are {', '.join(SUITE)}")
     if name == "digits_handwritten": return handwritten_digits(img_size)
     (group,_,kind),font = name.partition("_"),HELD_OUT_FONTS.get(name, "DejaVuSans")
     splits = {"unseen":("test",), "val":("val",)}.get(kind, ("train","val"))
     mixed = group in ("symbols","colours") # all groups, less what was held out
-    classes = [c for c in concepts() if c.char in font_chars(font) and (c.split != "test" if mixed else c.group == group)]
-    shown,gen = torch.tensor([i for i,c in enumerate(classes) if c.split in splits]),torch.Generator().manual_seed(seed)
+    classes = [c for c in concepts() if c.char in font_chars(font)
+               and (c.split != "test" if mixed else c.group == group)]
+    shown,gen = torch.tensor(
+        [i for i,c in enumerate(classes) if c.split in splits]),torch.Generator().manual_seed(seed)
     which = torch.arange(len(shown)).repeat(max(2, n_images//len(shown)))
     if group == "colours": which = which[torch.randperm(len(which), generator=gen)[:n_images]]
     coverage = torch.stack([render(classes[i].char, font)[3:] for i in shown.tolist()])[which]

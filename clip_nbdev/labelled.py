@@ -50,7 +50,8 @@ class Numbered:
     )->Iterator:            # of ((order, name), function that gives image and label)
         "A share of the images."
         order = list(range(len(self)))
-        if limit is not None and limit < len(self): order = sorted(random.Random(0).sample(order, limit))
+        if limit is not None and limit < len(self):
+            order = sorted(random.Random(0).sample(order, limit))
         for i in order[part::n_parts]: yield (i, self.called(i)), partial(self.get, i)
 
     def called(self, i)->str: return f"image {i}"
@@ -64,7 +65,8 @@ class LabelledFiles(Numbered):
 
     @property
     def mark(self)->str: # changes when a file does
-        stats = [(str(p), label, p.stat().st_size, p.stat().st_mtime_ns) for p,label in self.items if p.exists()]
+        stats = [(str(p), label, p.stat().st_size, p.stat().st_mtime_ns) for p,label in self.items
+                 if p.exists()]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 # %% ../nbs/90_labelled.ipynb #711dad47
@@ -82,7 +84,8 @@ class LabelledData:
 # %% ../nbs/90_labelled.ipynb #cdba1406
 class LabelStream(IterableDataset):
     "The images of a part, decoded. One that can't be read or has no label comes as its reason, and nothing else."
-    def __init__(self, part, transform, limit:int|None=None): self.part,self.transform,self.limit = part,transform,limit
+    def __init__(self, part, transform, limit:int|None=None):
+        self.part,self.transform,self.limit = part,transform,limit
 
     def __iter__(self): # yields (name, image or None, label, reason)
         worker = get_worker_info()
@@ -93,12 +96,16 @@ class LabelStream(IterableDataset):
                 if label is None: raise ValueError("no label")
                 yield name, self.transform(to_rgb(img)), label, None
             except UserError: raise
-            except Exception as e: yield name, None, None, reason(e) if name[1] in reason(e) else f"{name[1]}: {reason(e)}"
+            except Exception as e:
+                yield name, None, None, reason(e) if name[1] in reason(
+                    e) else f"{name[1]}: {reason(e)}"
 
 # %% ../nbs/90_labelled.ipynb #5e0e3cc2
 ENDINGS = (*IMAGE_ENDINGS, ".tif", ".tiff", ".ppm")
 
-SPLITS = {name:part for part,names in dict(train=("train", "training"), val=("val", "valid", "validation", "dev"), test=("test", "testing")).items() for name in names}
+SPLITS = {name:part for part,names in dict(train=("train", "training"),
+                                           val=("val", "valid", "validation", "dev"),
+                                           test=("test", "testing")).items() for name in names}
 
 def visible(folder:Path)->list[Path]: # sorted
     "What a person sees in a folder."
@@ -107,7 +114,9 @@ def visible(folder:Path)->list[Path]: # sorted
 def images_below(folder:Path)->list[Path]: # sorted
     "All images of a folder and of the folders in it, hidden ones left out."
     found = [p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()]
-    return sorted(p for p in found if not any(name.startswith((".", "__MACOSX")) for name in p.relative_to(folder).parts))
+    return sorted(p for p in found
+                  if not any(name.startswith((".", "__MACOSX"))
+                             for name in p.relative_to(folder).parts))
 
 def class_folders(
     folder:Path, # to look through
@@ -117,18 +126,25 @@ def class_folders(
     named = [d for d in dirs if d.name.lower() in SPLITS]
     split = {SPLITS[d.name.lower()]:d for d in named if any(s.is_dir() for s in visible(d))}
     if split and len(named) > 1 and len(split) < len(dirs):
-        raise UserError(f"{folder}: {', '.join(d.name for d in named)} look like a split, but other folders stand beside them, two name one part, or one has no class folders: mend that, or give one part as --data")
+        raise UserError(
+            f"{folder}: {', '.join(d.name for d in named)} look like a split, but other folders "
+            f"stand beside them, two name one part, or one has no class folders: mend that, or "
+            f"give one part as --data")
     if not split or len(split) < len(dirs): split = dict(all=folder)
     if "val" in split and "test" not in split: split["test"] = split.pop("val")
     if len(split) == 1: split = dict(all=next(iter(split.values())))
-    return {part:{d.name:images_below(d) for d in visible(where) if d.is_dir()} for part,where in split.items()}
+    return {part:{d.name:images_below(d) for d in visible(where) if d.is_dir()}
+            for part,where in split.items()}
 
 def strays(
     folder:Path, # with class folders, perhaps in parts
 )->int:
     "How many images lie beside class folders, or beside parts."
-    beside = [folder, *(d for d in visible(folder) if d.is_dir() and d.name.lower() in SPLITS and any(s.is_dir() for s in visible(d)))]
-    return sum(p.suffix.lower() in ENDINGS and p.is_file() for where in beside for p in visible(where))
+    beside = [folder,
+              *(d for d in visible(folder) if d.is_dir() and d.name.lower() in SPLITS
+                and any(s.is_dir() for s in visible(d)))]
+    return sum(p.suffix.lower() in ENDINGS and p.is_file() for where in beside
+               for p in visible(where))
 
 # %% ../nbs/90_labelled.ipynb #c52300c2
 def read_classnames(
@@ -136,18 +152,24 @@ def read_classnames(
 )->tuple:      # names, or tuples of words
     "Raise UserError for a file that can't be read."
     try: lines = [line.strip() for line in to_text(path.read_bytes()).splitlines()]
-    except OSError as e: raise UserError(f"--classnames {path} can't be read: {reason(e)}") from None
+    except OSError as e:
+        raise UserError(f"--classnames {path} can't be read: {reason(e)}") from None
     while lines and not lines[-1]: lines.pop() # empty lines at the end; others are refused as names
-    return tuple(tuple(w.strip() for w in line.split("|")) if "|" in line else line for line in lines)
+    return tuple(tuple(w.strip() for w in line.split("|")) if "|" in line else line
+                 for line in lines)
 
 def rename(
     found:list[str],      # names of folders, or of classes in a file
     classnames:Path|None, # other names
 )->tuple:
     "Class names to be read by people: underscores and dashes become spaces, unless a file gives others. Raises UserError."
-    if classnames is None: return tuple(" ".join(name.replace("_", " ").replace("-", " ").split()) for name in found)
+    if classnames is None:
+        return tuple(" ".join(name.replace("_", " ").replace("-", " ").split()) for name in found)
     given = read_classnames(classnames)
-    if len(given) != len(found): raise UserError(f"--classnames {classnames} has {len(given)} names, and the data {len(found)} classes ({', '.join(found[:3])}, …)")
+    if len(given) != len(found):
+        raise UserError(
+            f"--classnames {classnames} has {len(given)} names, and the data {len(found)} classes "
+            f"({', '.join(found[:3])}, …)")
     return given
 
 # %% ../nbs/90_labelled.ipynb #01f98825
@@ -179,16 +201,29 @@ def open_folder(
     classnames = rename(names, cfg.classnames)
     empty = [name for name in names if not any(part.get(name) for part in found.values())]
     stray = strays(folder)
-    if len(empty) == len(names): raise UserError(f"no class folders with images in {folder}: one folder a class is needed, FOLDER/<class>/… or FOLDER/{{train,test}}/<class>/… ({stray} images lie in the folder itself)")
-    if empty: notes.append(f"class folders without an image are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
-    if stray: notes.append(f"{stray} images lie beside the class folders, have no class and are left out")
+    if len(empty) == len(names):
+        raise UserError(
+            f"no class folders with images in {folder}: one folder a class is needed, "
+            f"FOLDER/<class>/… or FOLDER/{{train,test}}/<class>/… ({stray} images lie in the "
+            f"folder itself)")
+    if empty:
+        notes.append(
+            f"class folders without an image are left out: "
+            f"{', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
+    if stray:
+        notes.append(f"{stray} images lie beside the class folders, have no class and are left out")
     kept = [name for name in names if name not in empty]
     number = {name:i for i,name in enumerate(kept)}
-    items = {part:[(p, number[name]) for name in kept for p in by_class.get(name, ())] for part,by_class in found.items()}
+    items = {part:[(p, number[name]) for name in kept for p in by_class.get(name, ())]
+             for part,by_class in found.items()}
     for part,rows in items.items():
-        if not rows: raise UserError(f"{folder}: the part {part!r} has class folders and not one image (known endings: {', '.join(ENDINGS)})")
+        if not rows:
+            raise UserError(
+                f"{folder}: the part {part!r} has class folders and not one image (known endings: "
+                f"{', '.join(ENDINGS)})")
     parts = {part:partial(LabelledFiles, rows) for part,rows in items.items()}
-    return LabelledData(folder.name or str(folder), parts, tuple(classnames[names.index(name)] for name in kept), (), notes=notes)
+    return LabelledData(folder.name or str(folder), parts,
+                        tuple(classnames[names.index(name)] for name in kept), (), notes=notes)
 
 # %% ../nbs/90_labelled.ipynb #84c0e951
 def open_table(
@@ -200,15 +235,26 @@ def open_table(
     rows = [(path.parent/img, labels[0]) for img,labels in found.items() if labels]
     names = sorted({label for _,label in rows})
     if all(name.isdigit() for name in names):
-        if cfg.classnames is None: raise UserError(f"the labels in {path} are numbers: give the names of the classes by --classnames FILE, one a line, from number 0 on")
+        if cfg.classnames is None:
+            raise UserError(
+                f"the labels in {path} are numbers: give the names of the classes by --classnames "
+                f"FILE, one a line, from number 0 on")
         given = read_classnames(cfg.classnames)
-        if max(map(int, names)) >= len(given): raise UserError(f"{path} has a label {max(map(int, names))}, and --classnames {cfg.classnames} {len(given)} names, for 0 to {len(given)-1}")
-        return LabelledData(path.stem, dict(all=partial(LabelledFiles, [(p, int(label)) for p,label in rows])), given, ())
+        if max(map(int, names)) >= len(given):
+            raise UserError(
+                f"{path} has a label {max(map(int, names))}, and --classnames {cfg.classnames} "
+                f"{len(given)} names, for 0 to {len(given)-1}")
+        return LabelledData(path.stem,
+                            dict(all=partial(LabelledFiles, [(p, int(label)) for p,label in rows])),
+                            given, ())
     number = {name:i for i,name in enumerate(names)}
-    notes = [f"{len(found)-len(rows)} images without a label are left out"] if len(rows) < len(found) else []
+    notes = [f"{len(found)-len(rows)} images without a label are left out"] if len(rows) < len(
+        found) else []
     twice = sum(len(set(labels)) > 1 for labels in found.values())
     if twice: raise UserError(f"{path}: {twice} images have two labels: give each image one")
-    return LabelledData(path.stem, dict(all=partial(LabelledFiles, [(p, number[label]) for p,label in rows])), rename(names, cfg.classnames), (), notes=notes)
+    return LabelledData(path.stem,
+                        dict(all=partial(LabelledFiles, [(p, number[label]) for p,label in rows])),
+                        rename(names, cfg.classnames), (), notes=notes)
 
 def raw_label(
     sample:dict, # of a shard: bytes by ending
@@ -218,8 +264,11 @@ def raw_label(
     if not fields and "json" in sample:
         try: fields = json.loads(to_text(sample["json"]))
         except ValueError: pass
-    label = next((fields[k] for k in ("cls", "label", "class", "class_name") if k in fields), None) if isinstance(fields, dict) else None
-    return int(label) if isinstance(label, str) and label.isdigit() else label if isinstance(label, (int, str)) and label != "" else None
+    label = next((fields[k] for k in ("cls", "label", "class", "class_name") if k in fields),
+                 None) if isinstance(fields, dict) else None
+    return int(label) if isinstance(label,
+                                    str) and label.isdigit() else label if isinstance(label,
+                                    (int, str)) and label != "" else None
 
 # %% ../nbs/90_labelled.ipynb #7306c9d8
 def from_bytes(
@@ -228,23 +277,32 @@ def from_bytes(
 ):
     "Image and label of a sample. Raises UserError for a label that has no name."
     label = raw_label(sample)
-    if label is not None and label not in number: raise UserError(f"{sample['__key__']}: label {label!r} is none of the {len(number)} classes: check --classnames")
-    return Image.open(io.BytesIO(sample[image_in(sample)])), None if label is None else number[label]
+    if label is not None and label not in number:
+        raise UserError(
+            f"{sample['__key__']}: label {label!r} is none of the {len(number)} classes: check "
+            f"--classnames")
+    return Image.open(
+        io.BytesIO(sample[image_in(sample)])), None if label is None else number[label]
 
 class LabelledShards:
     "Webdataset shards with labels. They are read as a stream, so that remote ones will do; a limit takes the first samples."
-    def __init__(self, pattern:str, number:dict): self.pairs,self.number = ShardPairs(pattern),number
+    def __init__(self, pattern:str, number:dict):
+        self.pairs,self.number = ShardPairs(pattern),number
 
     def samples(self, part:int=0, n_parts:int=1, limit:int|None=None)->Iterator:
         "A share of the samples, as `Numbered` gives them."
-        own = (part, n_parts) if limit is None else (0, 1) # the first ones are the same whatever the number of readers: each reads them all, and decodes its share
-        found = (sample for piece in self.pairs.share(self.pairs.shards, *own) for sample in read_piece(*piece))
+        # the first ones are the same whatever the number of readers: each reads them all, and decodes its share
+        own = (part, n_parts) if limit is None else (0, 1)
+        found = (sample for piece in self.pairs.share(self.pairs.shards, *own)
+                 for sample in read_piece(*piece))
         for sample in found if limit is None else islice(found, part, limit, n_parts):
-            yield (0, f"{sample['__url__']}:{sample['__key__']}"), partial(from_bytes, sample, self.number)
+            yield (0, f"{sample['__url__']}:{sample['__key__']}"), partial(
+                from_bytes, sample, self.number)
 
     @property
     def mark(self)->str:
-        stats = [(s, None if is_remote(s) else (Path(s).stat().st_size, Path(s).stat().st_mtime_ns)) for s in self.pairs.shards]
+        stats = [(s, None if is_remote(s) else (Path(s).stat().st_size, Path(s).stat().st_mtime_ns))
+                 for s in self.pairs.shards]
         return hashlib.sha256(repr((stats, self.number)).encode()).hexdigest()
 
 # %% ../nbs/90_labelled.ipynb #c096913c
@@ -255,15 +313,24 @@ def shard_classes(
     "Labels and names: from --classnames, from a classnames.txt beside the shards or above them, or from the shards themselves. Raises UserError."
     pairs = ShardPairs(pattern)
     first = next((raw_label(s) for s in read_piece(pairs.shards[0])), None)
-    if first is None: raise UserError(f"the first image in {pairs.shards[0]} has no label: neither a .cls beside it nor a cls, label, class or class_name in its .json")
-    near = [] if is_remote(pairs.shards[0]) else [d/"classnames.txt" for d in (Path(pairs.shards[0]).parent, Path(pairs.shards[0]).parent.parent)]
+    if first is None:
+        raise UserError(
+            f"the first image in {pairs.shards[0]} has no label: neither a .cls beside it nor a "
+            f"cls, label, class or class_name in its .json")
+    near = [] if is_remote(pairs.shards[0]) else [d/"classnames.txt"
+                                                  for d in (Path(pairs.shards[0]).parent,
+                                                            Path(pairs.shards[0]).parent.parent)]
     path = classnames or next((p for p in near if p.is_file()), None)
     if isinstance(first, int):
-        if path is None: raise UserError(f"the labels in {pattern} are numbers: give the names of the classes by --classnames FILE, one a line")
+        if path is None:
+            raise UserError(
+                f"the labels in {pattern} are numbers: give the names of the classes by "
+                f"--classnames FILE, one a line")
         names = read_classnames(path)
         return list(range(len(names))), names
     samples = (s for shard in pairs.shards for s in read_piece(shard))
-    found = sorted({str(label) for s in progress(samples, desc="reading labels") if (label := raw_label(s)) is not None})
+    found = sorted({str(label) for s in progress(samples, desc="reading labels")
+                    if (label := raw_label(s)) is not None})
     return found, rename(found, path)
 
 # %% ../nbs/90_labelled.ipynb #07218020
@@ -274,29 +341,37 @@ def open_shards(
     "Shards as data. Raises UserError."
     labels,names = shard_classes(pattern, cfg.classnames)
     number = {label:i for i,label in enumerate(labels)}
-    return LabelledData(Path(pattern.split("::")[0]).stem, dict(all=partial(LabelledShards, pattern, number)), names, ())
+    return LabelledData(Path(pattern.split("::")[0]).stem,
+                        dict(all=partial(LabelledShards, pattern, number)), names, ())
 
 # %% ../nbs/90_labelled.ipynb #7b659b8a
 FLAG = dict(train=dict(train=True), test=dict(train=False))
 
-TWO,THREE = ({part:dict(split=part) for part in parts} for parts in (("train", "test"), ("train", "val", "test")))
+TWO,THREE = ({part:dict(split=part) for part in parts}
+             for parts in (("train", "test"), ("train", "val", "test")))
 
-AS_TEST = dict(train=dict(split="train"), test=dict(split="val")) # the test labels were never published
+# the test labels were never published
+AS_TEST = dict(train=dict(split="train"), test=dict(split="val"))
 
 CONSTRUCTORS = dict(
-    Food101=TWO, StanfordCars=TWO, STL10=TWO, GTSRB=TWO, FER2013=TWO, DTD=THREE, FGVCAircraft=THREE, Flowers102=THREE, PCAM=THREE, RenderedSST2=THREE,
-    Country211=THREE | dict(val=dict(split="valid")), ImageNet=AS_TEST, Imagenette=AS_TEST, CLEVRClassification=AS_TEST,
+    Food101=TWO, StanfordCars=TWO, STL10=TWO, GTSRB=TWO, FER2013=TWO, DTD=THREE, FGVCAircraft=THREE,
+    Flowers102=THREE, PCAM=THREE, RenderedSST2=THREE,
+    Country211=THREE | dict(val=dict(split="valid")), ImageNet=AS_TEST, Imagenette=AS_TEST,
+    CLEVRClassification=AS_TEST,
     OxfordIIITPet=dict(train=dict(split="trainval"), test=dict(split="test")),
     VOCDetection={part:dict(year="2007", image_set=part) for part in ("train", "val", "test")},
-    Kitti=dict(all=dict(train=True)), EMNIST={part:dict(split="balanced", train=part == "train") for part in ("train", "test")})
+    Kitti=dict(all=dict(train=True)),
+    EMNIST={part:dict(split="balanced", train=part == "train") for part in ("train", "test")})
 
 VIDEOS = ("UCF101", "Kinetics", "HMDB51", "MovingMNIST")
 
 # %% ../nbs/90_labelled.ipynb #02d68afb
-VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+       "diningtable", "dog", "horse",
        "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
-WORDS = dict(VOCDetection=tuple(dict(diningtable="dining table", pottedplant="potted plant", tvmonitor="tv monitor").get(c, c) for c in VOC),
+WORDS = dict(VOCDetection=tuple(dict(diningtable="dining table", pottedplant="potted plant",
+                                     tvmonitor="tv monitor").get(c, c) for c in VOC),
              SVHN=tuple("0123456789"), USPS=tuple("0123456789")) # where neither the data set nor its prompts bring names
 
 def voc_labels(annotation:dict)->Tensor: # (20,) ones where an object of the class is marked, "difficult" ones left out
@@ -306,7 +381,8 @@ def voc_labels(annotation:dict)->Tensor: # (20,) ones where an object of the cla
 
 def kitti_distance(objects:list)->int: # 0 to 3
     "How far the nearest car, van or truck is: under 8 metres, under 20, farther, none (VTAB's rule)."
-    nearest = min((o["location"][2] for o in objects if o["type"] in ("Car", "Van", "Truck")), default=1000.)
+    nearest = min((o["location"][2] for o in objects if o["type"] in ("Car", "Van", "Truck")),
+                  default=1000.)
     return sum(nearest > limit for limit in (8., 20., 999.))
 
 def clevr_count(n:int)->int: # 0 for three things, 7 for ten
@@ -318,7 +394,8 @@ TARGETS = dict(VOCDetection=voc_labels, Kitti=kitti_distance, CLEVRClassificatio
 # %% ../nbs/90_labelled.ipynb #052676f9
 class LabelledSet(Numbered):
     "A part of one of torchvision's data sets."
-    def __init__(self, name:str, data:VisionDataset, kwargs:dict): self.name,self.data,self.kwargs,self.target = name,data,kwargs,TARGETS.get(name)
+    def __init__(self, name:str, data:VisionDataset, kwargs:dict):
+        self.name,self.data,self.kwargs,self.target = name,data,kwargs,TARGETS.get(name)
     def __len__(self): return len(self.data)
 
     def get(self, i):
@@ -326,19 +403,30 @@ class LabelledSet(Numbered):
         return img, self.target(label) if self.target else label
 
     @property
-    def mark(self)->str: return f"{self.name} {getattr(self.data, 'root', '')} {self.kwargs} {len(self)}"
+    def mark(self)->str:
+        return f"{self.name} {getattr(self.data, 'root', '')} {self.kwargs} {len(self)}"
 
 def constructor(
     name:str, # as somebody typed it
 )->type:
     "The class of that name, capitals or not; also by the paper's name. Raises UserError."
     there = {n:getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}
-    known = {n.lower():n for n,made in there.items() if isinstance(made, type) and issubclass(made, VisionDataset)}
+    known = {n.lower():n for n,made in there.items() if isinstance(made, type)
+             and issubclass(made, VisionDataset)}
     s = paper_set(name)
     found = known.get(name.lower()) or (s.torchvision if s else None)
-    if found is None and s: raise UserError(f"torchvision has no {s.name}: give your own copy as a folder, with --prompts {s.name} for its templates and metric")
-    if found is None: raise UserError(f"can't tell what --data {name!r} is: glyphs, a data set of torchvision (CIFAR10), a folder that exists, a shard pattern, or a .csv")
-    if found in VIDEOS: raise UserError(f"{found} is a set of videos: save the middle frame of each, as the paper did, into one folder a class, and give that folder")
+    if found is None and s:
+        raise UserError(
+            f"torchvision has no {s.name}: give your own copy as a folder, with --prompts {s.name} "
+            f"for its templates and metric")
+    if found is None:
+        raise UserError(
+            f"can't tell what --data {name!r} is: glyphs, a data set of torchvision (CIFAR10), a "
+            f"folder that exists, a shard pattern, or a .csv")
+    if found in VIDEOS:
+        raise UserError(
+            f"{found} is a set of videos: save the middle frame of each, as the paper did, into "
+            f"one folder a class, and give that folder")
     return there[found]
 
 # %% ../nbs/90_labelled.ipynb #76fa6e1d
@@ -349,12 +437,17 @@ def make_set(
 )->LabelledSet:
     "Open a part. Raises UserError where it is not there."
     takes,root = inspect.signature(make.__init__).parameters,cfg.root or data_dir() or Path("data")
-    more = (dict(root=str(root)) if "root" in takes else {}) | (dict(download=cfg.download) if "download" in takes else {})
+    more = (dict(root=str(root)) if "root" in takes
+            else {}) | (dict(download=cfg.download) if "download" in takes else {})
     try: data = make(**more, **kwargs)
-    except TypeError as e: raise UserError(f"{make.__name__} takes more than a folder ({reason(e)}): give its images as a folder, a table or shards") from None
+    except TypeError as e:
+        raise UserError(
+            f"{make.__name__} takes more than a folder ({reason(e)}): give its images as a folder, "
+            f"a table or shards") from None
     except (RuntimeError, OSError, ImportError, ValueError) as e:
         way = "--download fetches it, --root says where it lies" if "download" in takes else "--root says where it lies"
-        raise UserError(f"{make.__name__} can't be read from {root} ({reason(e).split('. ')[0]}): {way}") from None
+        raise UserError(
+            f"{make.__name__} can't be read from {root} ({reason(e).split('. ')[0]}): {way}") from None
     return LabelledSet(make.__name__, data, kwargs)
 
 # %% ../nbs/90_labelled.ipynb #97c9fade
@@ -366,10 +459,14 @@ def set_names(
 )->tuple:
     "The class names, in the order of the labels. Raises UserError where there are none."
     own = [c[0] if isinstance(c, tuple) else str(c) for c in own or ()]
-    if cfg.classnames: return rename(own, cfg.classnames) if own else read_classnames(cfg.classnames)
+    if cfg.classnames:
+        return rename(own, cfg.classnames) if own else read_classnames(cfg.classnames)
     if given and len(given) == (len(own) or len(given)): return tuple(given)
     if name in WORDS: return WORDS[name]
-    if not own: raise UserError(f"{name} brings no class names: give them by --classnames FILE, one a line, in the order of its labels")
+    if not own:
+        raise UserError(
+            f"{name} brings no class names: give them by --classnames FILE, one a line, in the "
+            f"order of its labels")
     return tuple(" ".join(c.replace("_", " ").replace("/", " ").split()) for c in own)
 
 # %% ../nbs/90_labelled.ipynb #4b5c5bae
@@ -380,7 +477,8 @@ def open_set(
     "One of torchvision's data sets, with the prompts and the metric of the paper where it is one of the paper's. Raises UserError."
     make = constructor(name)
     name,takes = make.__name__,inspect.signature(make.__init__).parameters
-    how = CONSTRUCTORS.get(name) or (FLAG if "train" in takes else TWO if "split" in takes else dict(all={}))
+    how = CONSTRUCTORS.get(name) or (FLAG if "train" in takes else TWO if "split" in takes
+                                     else dict(all={}))
     first = make_set(make, how["test" if "test" in how else "all"], cfg)
     own = getattr(first.data, "classes", None) or getattr(first.data, "categories", None)
     paper,given,templates = paper_set(name),None,()
@@ -388,8 +486,10 @@ def open_set(
     except UserError: # clip-benchmark is missing
         if not cfg.template or not (own or cfg.classnames or name in WORDS): raise
     parts = {part:partial(make_set, make, kwargs, cfg) for part,kwargs in how.items()}
-    notes = [f"{name} has no test part with public labels: its validation part is tested"] if how is AS_TEST else []
-    return LabelledData(name, parts, set_names(name, own, given, cfg), tuple(templates), paper.metric if paper else "accuracy", notes=notes)
+    notes = [
+        f"{name} has no test part with public labels: its validation part is tested"] if how is AS_TEST else []
+    return LabelledData(name, parts, set_names(name, own, given, cfg), tuple(templates),
+                        paper.metric if paper else "accuracy", notes=notes)
 
 # %% ../nbs/90_labelled.ipynb #7a56b1b2
 class Drawn:
@@ -413,7 +513,8 @@ def open_glyphs(
         if name == "digits_handwritten": parts = dict(all=parts["test"])
         elif data.choices is None: parts["train"] = pool
         return LabelledData(name, parts, data.classnames, data.templates, choices=data.choices)
-    return [opened(name) for name in progress(names.split(",") if names else SUITE + SCENE_SUITE, desc="drawing")]
+    return [opened(name) for name in progress(names.split(",") if names else SUITE + SCENE_SUITE,
+                                              desc="drawing")]
 
 # %% ../nbs/90_labelled.ipynb #ec4d3b1b
 def open_data(
@@ -425,7 +526,9 @@ def open_data(
     if path.suffix in (".csv", ".tsv"):
         if not path.is_file(): raise UserError(f"no file {data}: check --data")
         return open_table(cfg, path)
-    if path.is_dir(): return open_shards(cfg, str(path/"*.tar")) if any(path.glob("*.tar")) else open_folder(cfg, path)
+    if path.is_dir():
+        return open_shards(cfg,
+                           str(path/"*.tar")) if any(path.glob("*.tar")) else open_folder(cfg, path)
     if ".tar" in data or is_remote(data): return open_shards(cfg, data)
     if "/" in data or os.sep in data: raise UserError(f"no folder {data}: check --data")
     return open_set(cfg, data.removeprefix("torchvision:"))
@@ -438,12 +541,19 @@ def prepared(
     "Settle prompts and metric, and refuse class names that make no classifier. Raises UserError."
     if cfg.prompts:
         paper = paper_set(cfg.prompts)
-        if paper is None: raise UserError(f"--prompts {cfg.prompts}: none of the paper's data sets; there are {', '.join(PAPER_SETS)}")
+        if paper is None:
+            raise UserError(
+                f"--prompts {cfg.prompts}: none of the paper's data sets; there are "
+                f"{', '.join(PAPER_SETS)}")
         data.templates,data.metric = dataset_prompts(paper.name)[1],paper.metric
     data.templates = cfg.template or data.templates or ("a photo of a {}.",)
     try: check_names(data.classnames, data.templates)
-    except UserError as e: raise UserError(f"{data.name}: {e} (--classnames FILE gives other names)") from None
-    if len(data.classnames) < 2: raise UserError(f"{data.name} has one class, {data.classnames[0]!r}, and every answer would be right: give one folder (or label) for each of at least two")
+    except UserError as e:
+        raise UserError(f"{data.name}: {e} (--classnames FILE gives other names)") from None
+    if len(data.classnames) < 2:
+        raise UserError(
+            f"{data.name} has one class, {data.classnames[0]!r}, and every answer would be right: "
+            f"give one folder (or label) for each of at least two")
     return data
 
 # %% ../nbs/90_labelled.ipynb #ec923138
@@ -453,11 +563,16 @@ def with_training(
 )->LabelledData:
     "Take --train-data for the training part. Raises UserError where its classes are others."
     if cfg.train_data is None: return data
-    if cfg.train_data.partition(":")[0] == "glyphs": raise UserError("--train-data glyphs: the corpus draws its own training images, for --data glyphs:NAME")
+    if cfg.train_data.partition(":")[0] == "glyphs":
+        raise UserError(
+            "--train-data glyphs: the corpus draws its own training images, for --data glyphs:NAME")
     other = open_data(cfg, cfg.train_data)
     if other.classnames != data.classnames:
         odd = sorted({str(c) for c in data.classnames} ^ {str(c) for c in other.classnames})
-        raise UserError(f"--train-data {cfg.train_data} has other classes than {cfg.data}: {', '.join(odd[:3]) or 'another order'}")
+        raise UserError(
+            f"--train-data {cfg.train_data} has other classes than {cfg.data}: "
+            f"{', '.join(odd[:3]) or 'another order'}")
     first = next(part for part in ("train", "all", "test") if part in other.parts)
-    data.parts = {k:v for k,v in data.parts.items() if k not in ("train", "val")} | dict(train=other.parts[first])
+    data.parts = {k:v for k,v in data.parts.items()
+                  if k not in ("train", "val")} | dict(train=other.parts[first])
     return data

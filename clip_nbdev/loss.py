@@ -35,7 +35,8 @@ def clip_loss(
 )->Tensor:                   # scalar, in nats
     "The symmetric cross-entropy over all B² pairings (section 2.3, figure 3). Raises ValueError where the shapes differ."
     if img_emb.shape != txt_emb.shape or img_emb.ndim != 2:
-        raise ValueError(f"img_emb {tuple(img_emb.shape)} and txt_emb {tuple(txt_emb.shape)} must both be (B, E)")
+        raise ValueError(
+            f"img_emb {tuple(img_emb.shape)} and txt_emb {tuple(txt_emb.shape)} must both be (B, E)")
     if chunk_size: return blockwise_loss(img_emb, txt_emb, scale, chunk_size)
     logits = scale * img_emb @ txt_emb.T
     target = torch.arange(len(logits), device=logits.device)
@@ -70,10 +71,12 @@ class Blockwise(Function):
         img_emb,txt_emb,scale,rows,cols = ctx.saved_tensors
         d_img,d_txt,d_scale = [],torch.zeros_like(txt_emb),torch.zeros_like(scale)
         with torch.autocast(grad.device.type, enabled=False):
-            for part,row,start in zip(img_emb.split(ctx.chunk_size), rows.split(ctx.chunk_size), count(ctx.first, ctx.chunk_size)):
+            for part,row,start in zip(img_emb.split(ctx.chunk_size), rows.split(ctx.chunk_size),
+                                      count(ctx.first, ctx.chunk_size)):
                 logits = (scale*part) @ txt_emb.T
                 push = (logits - row[:,None]).exp_()     # softmax over the row,
-                push += logits.sub_(cols).exp_()         # and over the column: in place, since this block is all the memory there is
+                # and over the column: in place, since this block is all the memory there is
+                push += logits.sub_(cols).exp_()
                 push.diagonal(start).sub_(2)
                 d_part = push @ txt_emb
                 d_scale += (part*d_part).sum()
@@ -94,7 +97,9 @@ def blockwise_loss(
     "`Blockwise` in full precision, whatever surrounds it."
     dtype = torch.promote_types(img_emb.dtype, torch.float32)
     with torch.autocast(img_emb.device.type, enabled=False):
-        return Blockwise.apply(img_emb.to(dtype), txt_emb.to(dtype), torch.as_tensor(scale).to(img_emb.device, dtype), chunk_size, first, sharded)
+        return Blockwise.apply(img_emb.to(dtype), txt_emb.to(dtype),
+                               torch.as_tensor(scale).to(img_emb.device, dtype), chunk_size, first,
+                               sharded)
 
 # %% ../nbs/02_loss.ipynb #ee8df1e6
 def n_processes()->int:
@@ -149,7 +154,9 @@ class ClipLoss(nn.Module):
     ):
         super().__init__()
         if local_loss and not gather_with_grad:
-            raise UserError("a local loss needs a gather with gradients: without, an embedding learns nothing from what others ask about it, and the gradient points the wrong way")
+            raise UserError(
+                "a local loss needs a gather with gradients: without, an embedding learns nothing "
+                "from what others ask about it, and the gradient points the wrong way")
         self.local_loss,self.gather_with_grad,self.chunk_size = local_loss,gather_with_grad,chunk_size
 
     def forward(self,
@@ -158,9 +165,12 @@ class ClipLoss(nn.Module):
         scale:Tensor,   # scalar
     )->Tensor:          # scalar; the loss of the whole batch is its mean over the processes
         if n_processes() == 1: return clip_loss(img_emb, txt_emb, scale, self.chunk_size)
-        if not self.local_loss: return clip_loss(*(gather(x, self.gather_with_grad) for x in (img_emb, txt_emb)), scale, self.chunk_size)
+        if not self.local_loss:
+            return clip_loss(*(gather(x, self.gather_with_grad) for x in (img_emb, txt_emb)), scale,
+                             self.chunk_size)
         b = len(img_emb)
-        return blockwise_loss(img_emb, gather(txt_emb), scale, self.chunk_size or b, b*dist.get_rank(), sharded=True)
+        return blockwise_loss(img_emb, gather(txt_emb), scale, self.chunk_size or b,
+                              b*dist.get_rank(), sharded=True)
 
 # %% ../nbs/02_loss.ipynb #2201038b
 def sigmoid_pushes(
@@ -183,7 +193,8 @@ def siglip_loss(
     chunk_size:int|None=None, # rows of the similarities in memory at a time; None for all
 )->Tensor:          # scalar, in nats a pair
     "SigLIP's loss (Zhai et al., 2023): each pairing is a yes-no question of its own, asked of all B² and divided by B."
-    yes = scale*(img_emb*txt_emb).sum(1) + bias # -log sigmoid(x) = -log sigmoid(-x) - x: call all wrong, then mend the right ones
+    # -log sigmoid(x) = -log sigmoid(-x) - x: call all wrong, then mend the right ones
+    yes = scale*(img_emb*txt_emb).sum(1) + bias
     return sigmoid_pushes(img_emb, txt_emb, scale, bias, chunk_size)/len(img_emb) - yes.mean()
 
 # %% ../nbs/02_loss.ipynb #5a8de4c5
@@ -192,8 +203,10 @@ def shift(
     step:int, # 1 gives to the next process, -1 to the one before
 )->Tensor:    # (B, E) what came from the other side
     "Hand rows round the ring of processes."
-    rank,world,got = dist.get_rank(),n_processes(),torch.empty_like(x, memory_format=torch.contiguous_format)
-    both = [dist.P2POp(dist.isend, x.contiguous(), (rank+step) % world), dist.P2POp(dist.irecv, got, (rank-step) % world)]
+    rank,world,got = dist.get_rank(),n_processes(),torch.empty_like(
+        x, memory_format=torch.contiguous_format)
+    both = [dist.P2POp(dist.isend, x.contiguous(), (rank+step) % world),
+            dist.P2POp(dist.irecv, got, (rank-step) % world)]
     for request in dist.batch_isend_irecv(both): request.wait()
     return got
 
@@ -223,7 +236,8 @@ class SigLipLoss(nn.Module):
         loss = siglip_loss(img_emb, txt_emb, scale, bias, self.chunk_size)
         for _ in range(n_processes() - 1):
             txt_emb = PassOn.apply(txt_emb)
-            loss = loss + sigmoid_pushes(img_emb, txt_emb, scale, bias, self.chunk_size)/len(img_emb)
+            loss = loss + sigmoid_pushes(img_emb, txt_emb, scale, bias,
+                                         self.chunk_size)/len(img_emb)
         return loss
 
 # %% ../nbs/02_loss.ipynb #2b0f7093
@@ -232,7 +246,8 @@ def in_batch_accuracy(
     txt_emb:Tensor, # (B, E) length 1
 )->float:           # 0 to 1; chance is 1/B
     "How often an image's own text is the nearest one."
-    nearest = torch.cat([(part @ txt_emb.T).argmax(1) for part in img_emb.split(1024)]) # never the whole matrix
+    # never the whole matrix
+    nearest = torch.cat([(part @ txt_emb.T).argmax(1) for part in img_emb.split(1024)])
     return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
 
 # %% ../nbs/02_loss.ipynb #595f62bf
@@ -249,7 +264,8 @@ def overfit_one_batch(
     losses = []
     for _ in progress(range(steps), desc="overfitting one batch"):
         img_emb,txt_emb,scale,*bias = model(images, tokens)
-        loss = siglip_loss(img_emb, txt_emb, scale, *bias) if bias else clip_loss(img_emb, txt_emb, scale)
+        loss = siglip_loss(img_emb, txt_emb, scale,
+                           *bias) if bias else clip_loss(img_emb, txt_emb, scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -25,7 +25,8 @@ def frozen_statistics(
 ):
     "While it lasts, BatchNorms move copies of their running statistics, which are then forgotten: for computing something twice."
     kept = [(m._buffers, dict(m._buffers)) for m in module.modules() if isinstance(m, _BatchNorm)]
-    for buffers,values in kept: buffers.update({name:value.clone() for name,value in values.items() if value is not None})
+    for buffers,values in kept:
+        buffers.update({name:value.clone() for name,value in values.items() if value is not None})
     try: yield
     finally:
         for buffers,values in kept: buffers.update(values)
@@ -67,7 +68,8 @@ def cached_backward(
     no_sync=nullcontext, # context in which gradients are not averaged over processes yet
 )->tuple[Tensor, ...]:   # loss, img_emb, txt_emb, scale, ..., without graph
     "Add the gradients of the whole batch's loss to the parameters, in the towers' memory for a micro-batch (Gao et al., 2021)."
-    if len(images) != len(tokens): raise ValueError(f"{len(images)} images and {len(tokens)} texts are no pairs")
+    if len(images) != len(tokens):
+        raise ValueError(f"{len(images)} images and {len(tokens)} texts are no pairs")
     parts = list(zip(images.split(micro_batch), tokens.split(micro_batch)))
     with torch.no_grad(), frozen_statistics(model):
         draws,outs = zip(*[(Draws(images.device), embed(*part)) for part in parts])
@@ -75,8 +77,10 @@ def cached_backward(
     scalars = [x.detach().clone().requires_grad_() for x in outs[0][2:]]
     loss = loss_of(*rows, *scalars)
     backward(loss)
-    for k,(part,draw,*d_rows) in enumerate(zip(parts, draws, *(x.grad.split(micro_batch) for x in rows))):
-        last = k == len(parts)-1 # the scalars have their whole gradient already: it is handed over once
+    for k,(part,draw,
+           *d_rows) in enumerate(zip(parts, draws, *(x.grad.split(micro_batch) for x in rows))):
+        # the scalars have their whole gradient already: it is handed over once
+        last = k == len(parts)-1
         with nullcontext() if last else no_sync(), draw.replayed():
             grads = d_rows + [x.grad if last else torch.zeros_like(x) for x in scalars]
             reached = [(out, grad) for out,grad in zip(embed(*part), grads) if out.requires_grad]
@@ -89,8 +93,10 @@ def stochastic_round(
     generator:torch.Generator|None=None, # on x's device; None for the global one
 )->Tensor:    # bfloat16
     "Round each number to one of its two neighbours, with the probabilities that keep its mean (section 2.5)."
-    noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device) # bfloat16 is the upper half of float32's bits:
-    return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()                 # a random lower half carries as often as it should
+    # bfloat16 is the upper half of float32's bits:
+    noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    # a random lower half carries as often as it should
+    return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()
 
 # %% ../nbs/22_memory.ipynb #1303b83d
 def adam_step(
@@ -109,7 +115,8 @@ def adam_step(
     mean = mean.lerp(grad, 1-beta1)
     square = square.mul(beta2).addcmul_(grad, grad, value=1-beta2)
     size = (square/(1-beta2**step)).sqrt_().add_(eps)
-    return weight.mul(1-lr*weight_decay).addcdiv_(mean, size, value=-lr/(1-beta1**step)), mean, square
+    return weight.mul(1-lr*weight_decay).addcdiv_(mean, size,
+                                                  value=-lr/(1-beta1**step)), mean, square
 
 # %% ../nbs/22_memory.ipynb #030dcccb
 class SmallAdamW(torch.optim.Optimizer):
@@ -125,28 +132,43 @@ class SmallAdamW(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.stats_dtype,self.stochastic = stats_dtype,stochastic
-        wrong = {stats_dtype, *(p.dtype for p in self.all_params())} - {torch.float32, torch.bfloat16}
-        if wrong: raise UserError(f"no {wrong.pop()} here: weights and statistics are stored as float32 or bfloat16")
+        wrong = {stats_dtype,
+                 *(p.dtype for p in self.all_params())} - {torch.float32, torch.bfloat16}
+        if wrong:
+            raise UserError(
+                f"no {wrong.pop()} here: weights and statistics are stored as float32 or bfloat16")
 
     def all_params(self)->list: return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moving = [(p, group) for group in self.param_groups for p in group["params"]
+                  if p.grad is not None]
         for k,(p,group) in enumerate(moving):
             state = self.state[p]
-            if not state: state.update(step=0, **{name:torch.zeros_like(p, dtype=self.stats_dtype) for name in ("mean", "square")})
+            if not state:
+                state.update(step=0,
+                             **{name:torch.zeros_like(p, dtype=self.stats_dtype)
+                                for name in ("mean", "square")})
             state["step"] += 1
-            homes,options = (p, state["mean"], state["square"]),{name:group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            homes,options = (p, state["mean"],
+                             state["square"]),{name:group[name]
+                             for name in ("lr", "betas", "eps", "weight_decay")}
             weight,mean,square = (home.float() for home in homes)
             values = adam_step(weight, p.grad.float(), mean, square, state["step"], **options)
-            lot = torch.Generator(p.device).manual_seed(2**16*state["step"] + k) # the same in every process, and after a resume
-            for home,value in zip(homes, values): home.copy_(stochastic_round(value, lot) if self.stochastic and home.dtype == torch.bfloat16 else value)
+            # the same in every process, and after a resume
+            lot = torch.Generator(p.device).manual_seed(2**16*state["step"] + k)
+            for home,value in zip(homes, values):
+                home.copy_(stochastic_round(value, lot) if self.stochastic
+                           and home.dtype == torch.bfloat16 else value)
         return loss
 
     def load_state_dict(self, state:dict):
         "As every optimiser's, but torch would give the statistics the parameters' type."
         super().load_state_dict(state)
-        for p,k in zip(self.all_params(), (k for group in state["param_groups"] for k in group["params"])):
-            for name in ("mean", "square") if k in state["state"] else (): self.state[p][name] = state["state"][k][name].to(p.device, self.stats_dtype, copy=True)
+        for p,k in zip(self.all_params(),
+                       (k for group in state["param_groups"] for k in group["params"])):
+            for name in ("mean", "square") if k in state["state"] else ():
+                self.state[p][name] = state["state"][k][name].to(p.device, self.stats_dtype,
+                                                                 copy=True)

@@ -36,7 +36,10 @@ def tower_features(
 )->Tensor:           # (B, D)
     "What is probed: of a ViT the class token behind its last LayerNorm, before the projection; of a ResNet what the attention pool gives (appendix A.3). Raises UserError for other towers with a projection."
     if not isinstance(tower, VisionTransformer):
-        if getattr(tower, "proj", None) is not None: raise UserError(f"a {type(tower).__name__} of another package ends in a projection: set its proj to None, and what is left are the features")
+        if getattr(tower, "proj", None) is not None:
+            raise UserError(
+                f"a {type(tower).__name__} of another package ends in a projection: set its proj "
+                f"to None, and what is left are the features")
         return tower(images)
     at_class = torch.zeros(len(images), dtype=torch.long, device=images.device)
     return tower.ln_post(tower.transformer(tower.tokens(images), at=at_class))
@@ -51,7 +54,9 @@ def image_features(
     weight,tower = first_weight(model),getattr(model, "visual", model)
     with evaluating(model):
         parts = progress(images.split(batch_size), desc="features")
-        return torch.cat([tower_features(tower, normalize(part.to(weight.device)).to(weight.dtype)).float().cpu() for part in parts])
+        return torch.cat(
+            [tower_features(tower, normalize(part.to(weight.device)).to(weight.dtype)).float().cpu()
+             for part in parts])
 
 # %% ../nbs/32_probe.ipynb #cb0178be
 def as_array(
@@ -70,11 +75,20 @@ def check_probe(
     x,y = as_array(x),as_array(y)
     if x.dtype.kind in "iub": x = x.astype(np.float32) # pixels as they are
     if x.ndim != 2: raise UserError(f"features must be (N, D), and these are {x.shape}")
-    if len(x) != len(y): raise UserError(f"{len(x)} features and {len(y)} labels: they must be of the same images")
-    if not np.isfinite(x).all(): raise UserError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} rows of features hold NaN or infinity: look at the model, or at the images")
+    if len(x) != len(y):
+        raise UserError(f"{len(x)} features and {len(y)} labels: they must be of the same images")
+    if not np.isfinite(x).all():
+        raise UserError(
+            f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} rows of features hold NaN or infinity: "
+            f"look at the model, or at the images")
     if y.dtype.kind == "b": y = y.astype(int)
-    if y.dtype.kind not in "iu" or y.ndim > 2 or (y < 0).any(): raise UserError("labels must be whole numbers from 0, one an image, or a table of zeros and ones")
-    if y.ndim == 2 and (y.shape[1] < 2 or y.max() > 1): raise UserError(f"a table of labels has zeros and ones, a column for each of at least two classes, and this one is {y.shape} up to {y.max()}: class numbers go into one dimension")
+    if y.dtype.kind not in "iu" or y.ndim > 2 or (y < 0).any():
+        raise UserError(
+            "labels must be whole numbers from 0, one an image, or a table of zeros and ones")
+    if y.ndim == 2 and (y.shape[1] < 2 or y.max() > 1):
+        raise UserError(
+            f"a table of labels has zeros and ones, a column for each of at least two classes, and "
+            f"this one is {y.shape} up to {y.max()}: class numbers go into one dimension")
     return x, y
 
 # %% ../nbs/32_probe.ipynb #1f0a76e0
@@ -86,7 +100,8 @@ def loss_and_gradient(
     tile:int,     # images at a time
 )->tuple[float, np.ndarray]: # what is minimised, and its gradient
     "Mean log-loss and half the squared weights times `l2`; the intercepts are free."
-    wide = torch.float32 if x.device.type == "mps" else torch.float64 # in float32 the sum is too coarse for a line search
+    # in float32 the sum is too coarse for a line search
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
     w = torch.from_numpy(w).to(x).view(-1, x.shape[1]+1).requires_grad_()
     loss = l2/2 * w[:,:-1].square().sum()
     loss.backward()
@@ -110,10 +125,13 @@ def fit_torch(
     K,(n,D) = len(clf.classes_),x.shape
     data = torch.from_numpy(x).to(device),torch.from_numpy(numbers).to(device)
     start = np.zeros((1 if K == 2 else K) * (D+1))
-    found = minimize(loss_and_gradient, start, (*data, 1/(clf.C*n), max(1, 2**26//K)), "L-BFGS-B", jac=True,
-                     options=dict(maxiter=clf.max_iter, gtol=clf.tol, ftol=64*np.finfo(float).eps, maxls=50))
+    found = minimize(loss_and_gradient, start, (*data, 1/(clf.C*n), max(1, 2**26//K)), "L-BFGS-B",
+                     jac=True,
+                     options=dict(maxiter=clf.max_iter, gtol=clf.tol, ftol=64*np.finfo(float).eps,
+                                  maxls=50))
     w = found.x.reshape(-1, D+1).astype(x.dtype)
-    clf.coef_,clf.intercept_,clf.n_features_in_,clf.n_iter_ = w[:,:-1],w[:,-1],D,np.array([found.nit], dtype=np.int32)
+    clf.coef_,clf.intercept_,clf.n_features_in_,clf.n_iter_ = w[:,:-1],w[:,-1],D,np.array(
+        [found.nit], dtype=np.int32)
     return clf
 
 # %% ../nbs/32_probe.ipynb #51049ff5
@@ -134,12 +152,15 @@ def fit_logistic(
 )->LogisticRegression|PerColumn: # fitted
     "Multinomial logistic regression, C·Σ log-loss + ½‖w‖² (appendix A.3). Raises UserError on bad input."
     x,y = check_probe(x, y)
-    if y.ndim == 2: return PerColumn([fit_logistic(x, column, C, max_iter, device, tol) for column in y.T])
-    if len(np.unique(y)) < 2: raise UserError("all labels are of one class: a classifier needs at least two")
+    if y.ndim == 2:
+        return PerColumn([fit_logistic(x, column, C, max_iter, device, tol) for column in y.T])
+    if len(np.unique(y)) < 2:
+        raise UserError("all labels are of one class: a classifier needs at least two")
     clf = LogisticRegression(C=C, max_iter=max_iter, tol=tol)
     if device is not None: return fit_torch(x, y, clf, device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning) # the limit is part of the protocol; n_iter_ says whether it was reached
+        # the limit is part of the protocol; n_iter_ says whether it was reached
+        warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes") # one shot is meant
         return clf.fit(x, y)
 
@@ -181,7 +202,10 @@ def map_11_point(
     labels,scores,found = as_array(labels),as_array(scores),[]
     for target,score in zip(labels.T, scores.T):
         if not target.any(): continue
-        precision,recall,_ = (v[:-1] for v in precision_recall_curve(target, score, drop_intermediate=False)) # the last point is made up
+        # the last point is made up
+        precision,recall,_ = (v[:-1]
+                              for v in precision_recall_curve(target, score,
+                                                              drop_intermediate=False))
         found.append(np.mean([precision[recall >= r/10 - 1e-9].max() for r in range(11)]))
     return float(np.mean(found))
 
@@ -192,12 +216,15 @@ def roc_auc(
     "Area under the ROC curve; with more than two classes the mean over one class against the others."
     labels,scores = as_array(labels),as_array(scores)
     if labels.ndim == 1: labels = labels[:,None] == np.arange(scores.shape[1])
-    if scores.shape[1] == 2 and (labels.sum(1) == 1).all(): labels,scores = labels[:,1:],scores[:,1:] - scores[:,:1]
+    if scores.shape[1] == 2 and (labels.sum(1) == 1).all():
+        labels,scores = labels[:,1:],scores[:,1:] - scores[:,:1]
     occurs = labels.any(0)
-    if not occurs.any() or labels[:,occurs].all(0).any(): raise UserError("ROC AUC needs images of at least two classes")
+    if not occurs.any() or labels[:,occurs].all(0).any():
+        raise UserError("ROC AUC needs images of at least two classes")
     return float(roc_auc_score(labels[:,occurs], scores[:,occurs]))
 
-METRICS = dict(accuracy=accuracy, mean_per_class=mean_per_class, map_11_point=map_11_point, roc_auc=roc_auc)
+METRICS = dict(accuracy=accuracy, mean_per_class=mean_per_class, map_11_point=map_11_point,
+               roc_auc=roc_auc)
 
 # %% ../nbs/32_probe.ipynb #22f7fc52
 C_GRID = np.logspace(-6, 6, 97) # 96 logarithmic steps, 8 a decade
@@ -228,7 +255,10 @@ def linear_probe(
 )->dict:                # score on test; C; curve: C -> score on val
     "The paper's protocol: sweep C, refit with training and validation data together, report the test data (appendix A.3). Raises UserError."
     parts = [check_probe(*part) for part in (train, val, test)]
-    if parts[2][1].ndim == 2 and metric in (accuracy, mean_per_class): raise UserError("images of several classes have no accuracy: give another metric, map_11_point or roc_auc")
+    if parts[2][1].ndim == 2 and metric in (accuracy, mean_per_class):
+        raise UserError(
+            "images of several classes have no accuracy: give another metric, map_11_point or "
+            "roc_auc")
     n_classes = max(y.max()+1 for _,y in parts)
     def fitted(x, y, C, test):
         clf = fit_logistic(x, y, C, max_iter, device)
@@ -239,7 +269,8 @@ def linear_probe(
             return fitted(*parts[0], C_GRID[i], parts[1])
         top,curve = search_grid(at, len(C_GRID))
     C,both = float(C_GRID[top]),(np.concatenate(v) for v in zip(*parts[:2]))
-    return dict(score=fitted(*both, C, parts[2]), C=C, curve={float(C_GRID[i]):curve[i] for i in sorted(curve)})
+    return dict(score=fitted(*both, C, parts[2]), C=C,
+                curve={float(C_GRID[i]):curve[i] for i in sorted(curve)})
 
 # %% ../nbs/32_probe.ipynb #a8ad7c2a
 def split_val(
@@ -250,10 +281,12 @@ def split_val(
     "Put a share of every class aside, at least one image and never all: a class of one stays in training. A table of labels is split as one class."
     labels,rng = as_array(labels),np.random.default_rng(seed)
     if not 0 < share < 1: raise UserError(f"share {share} must lie between 0 and 1")
-    groups = [np.arange(len(labels))] if labels.ndim == 2 else [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    groups = [np.arange(len(labels))] if labels.ndim == 2 else [
+        np.flatnonzero(labels == k) for k in np.unique(labels)]
     aside = [rng.permutation(g)[:min(len(g)-1, max(1, round(share*len(g))))] for g in groups]
     val = np.sort(np.concatenate(aside))
-    if not len(val): raise UserError("every class has one image alone, so none can be put aside for validation")
+    if not len(val):
+        raise UserError("every class has one image alone, so none can be put aside for validation")
     return torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val)), torch.from_numpy(val)
 
 # %% ../nbs/32_probe.ipynb #68ce8c55
@@ -273,13 +306,19 @@ def few_shot(
     if y.ndim == 2: raise UserError("few-shot needs one class an image, not a table of labels")
     rows = [np.flatnonzero(y == k) for k in np.unique(y)]
     fewest = min(rows, key=len)
-    if len(fewest) < max(shots): raise UserError(f"class {y[fewest[0]]} has {len(fewest)} examples, fewer than {max(shots)} shots: ask for fewer shots, or leave the class out")
+    if len(fewest) < max(shots):
+        raise UserError(
+            f"class {y[fewest[0]]} has {len(fewest)} examples, fewer than {max(shots)} shots: ask "
+            f"for fewer shots, or leave the class out")
     n_classes,found = max(y.max(), test[1].max())+1,{n:[] for n in shots}
-    for rng in progress([np.random.default_rng([seed, d]) for d in range(n_draws)], desc="few-shot draws"):
+    for rng in progress([np.random.default_rng([seed, d]) for d in range(n_draws)],
+                        desc="few-shot draws"):
         order = [rng.permutation(r) for r in rows]
         for n in shots:
             some = np.concatenate([r[:n] for r in order])
-            found[n].append(metric(test[1], class_scores(fit_logistic(x[some], y[some], C, max_iter, device), test[0], n_classes)))
+            found[n].append(metric(test[1],
+                                   class_scores(fit_logistic(x[some], y[some], C, max_iter, device),
+                                                test[0], n_classes)))
     return found
 
 # %% ../nbs/32_probe.ipynb #90e1cc06
@@ -289,10 +328,14 @@ def shots_equal(
 )->float:             # examples a class; below 1 an extrapolation, infinite where all examples are not enough
     "How many labelled examples of each class reach the zero-shot score: straight lines over the logarithm of their number (figure 7)."
     n = sorted(curve)
-    if len(n) < 2 or n[0] <= 0: raise UserError("a curve needs at least two numbers of examples above 0")
+    if len(n) < 2 or n[0] <= 0:
+        raise UserError("a curve needs at least two numbers of examples above 0")
     score = [float(np.mean(curve[k])) for k in n]
-    line = lambda i: 2**float(np.log2(n[i]) + (zero_shot-score[i])/(score[i+1]-score[i])*(np.log2(n[i+1])-np.log2(n[i])))
-    if zero_shot <= score[0]: return float(n[0]) if zero_shot == score[0] else line(0) if score[1] > score[0] else 0.
+    line = lambda i: 2**float(np.log2(n[i])
+                              + (zero_shot-score[i])/(score[i+1]-score[i])*(
+        np.log2(n[i+1])-np.log2(n[i])))
+    if zero_shot <= score[0]:
+        return float(n[0]) if zero_shot == score[0] else line(0) if score[1] > score[0] else 0.
     return next((line(i) for i in range(len(n)-1) if score[i+1] >= zero_shot), float("inf"))
 
 # %% ../nbs/32_probe.ipynb #ffe90613
@@ -341,15 +384,18 @@ def train_supervised(
     device=None,                       # where to compute, default the CPU
 )->tuple[SupervisedResNet, dict[float, SupervisedResNet]]: # the model; moment -> copy; all in evaluation mode
     "Learn to tell the concepts of a corpus apart, with CLIP's recipe: AdamW, warm-up, cosine. Raises UserError for sizes that differ."
-    if img_size != pairs.img_size: raise UserError(f"img_size {img_size}, and the images have {pairs.img_size} pixels")
+    if img_size != pairs.img_size:
+        raise UserError(f"img_size {img_size}, and the images have {pairs.img_size} pixels")
     seed_all(seed)
     how,ids = RECIPES["small"],{c.name:i for i,c in enumerate(pairs.concepts)}
     model = SupervisedResNet(len(ids), img_size, width).to(device or "cpu").train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, how["weight_decay"]), lr=lr, betas=(0.9, how["beta2"]), eps=how["eps"])
+    optimizer = torch.optim.AdamW(parameter_groups(model, how["weight_decay"]), lr=lr,
+                                  betas=(0.9, how["beta2"]), eps=how["eps"])
     wanted,copies = {max(1, round(m*n_steps)):m for m in moments},{}
     for step in progress(range(n_steps), desc=f"supervised, width {width}, seed {seed}"):
         images,_,names = pairs.singles(batch_size)
         target = torch.tensor([ids[name] for name in names])
-        supervised_step(model, optimizer, images, target, lr_at(step, step/n_steps, lr, how["warmup"]))
+        supervised_step(model, optimizer, images, target,
+                        lr_at(step, step/n_steps, lr, how["warmup"]))
         if step+1 in wanted: copies[wanted[step+1]] = copy.deepcopy(model).eval()
     return model.eval(), copies

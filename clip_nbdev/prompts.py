@@ -31,7 +31,8 @@ def with_prompts(
     "The same images, asked in other words. Raises UserError on bad names or templates."
     check_names(data.classnames if classnames is None else classnames, templates)
     names = data.classnames if classnames is None else tuple(classnames)
-    if len(names) != len(data.classnames): raise UserError(f"{len(names)} class names for {len(data.classnames)} classes")
+    if len(names) != len(data.classnames):
+        raise UserError(f"{len(names)} class names for {len(data.classnames)} classes")
     return replace(data, templates=tuple(templates), classnames=names)
 
 # %% ../nbs/31_prompts.ipynb #1789aa67
@@ -64,22 +65,30 @@ class PaperSet:
 
 # %% ../nbs/31_prompts.ipynb #f9fdd607
 PAPER_SETS = {row.name:row for row in (
-    PaperSet("Food101", "Food101", "food101", 1),              PaperSet("CIFAR10", "CIFAR10", "cifar10", 18),
+    PaperSet("Food101", "Food101", "food101", 1),
+    PaperSet("CIFAR10", "CIFAR10", "cifar10", 18),
     PaperSet("CIFAR100", "CIFAR100", "cifar100", 18),          PaperSet("Birdsnap", None, None, 1),
-    PaperSet("SUN397", "SUN397", "sun397", 2),                 PaperSet("StanfordCars", "StanfordCars", "cars", 8),
+    PaperSet("SUN397", "SUN397", "sun397", 2),
+    PaperSet("StanfordCars", "StanfordCars", "cars", 8),
     PaperSet("FGVCAircraft", "FGVCAircraft", "fgvc_aircraft", 2, "mean_per_class"),
     PaperSet("VOC2007", "VOCDetection", "voc2007", 1, "map_11_point"),
-    PaperSet("DTD", "DTD", "dtd", 8),                          PaperSet("OxfordPets", "OxfordIIITPet", "pets", 1, "mean_per_class"),
+    PaperSet("DTD", "DTD", "dtd", 8),
+    PaperSet("OxfordPets", "OxfordIIITPet", "pets", 1, "mean_per_class"),
     PaperSet("Caltech101", "Caltech101", "caltech101", 34, "mean_per_class"),
     PaperSet("Flowers102", "Flowers102", "flowers", 1, "mean_per_class"),
-    PaperSet("MNIST", "MNIST", "mnist", 1),                    PaperSet("FER2013", "FER2013", "fer2013", 6),
-    PaperSet("STL10", "STL10", "stl10", 2),                    PaperSet("EuroSAT", "EuroSAT", "eurosat", 3),
-    PaperSet("RESISC45", None, "resisc45", 18),                PaperSet("GTSRB", "GTSRB", "gtsrb", 3),
+    PaperSet("MNIST", "MNIST", "mnist", 1),
+    PaperSet("FER2013", "FER2013", "fer2013", 6),
+    PaperSet("STL10", "STL10", "stl10", 2),
+    PaperSet("EuroSAT", "EuroSAT", "eurosat", 3),
+    PaperSet("RESISC45", None, "resisc45", 18),
+    PaperSet("GTSRB", "GTSRB", "gtsrb", 3),
     PaperSet("KITTI", "Kitti", "kitti_closest_vehicle_distance", 1),
     PaperSet("Country211", "Country211", "country211", 5),     PaperSet("PCam", "PCAM", "pcam", 1),
-    PaperSet("UCF101", None, None, 48),                        PaperSet("Kinetics700", None, None, 28, "mean_top1_top5"),
+    PaperSet("UCF101", None, None, 48),
+    PaperSet("Kinetics700", None, None, 28, "mean_top1_top5"),
     PaperSet("CLEVRCounts", "CLEVRClassification", "clevr_count_all", 1),
-    PaperSet("HatefulMemes", None, None, 1, "roc_auc"),        PaperSet("RenderedSST2", "RenderedSST2", "renderedsst2", 1),
+    PaperSet("HatefulMemes", None, None, 1, "roc_auc"),
+    PaperSet("RenderedSST2", "RenderedSST2", "renderedsst2", 1),
     PaperSet("ImageNet", "ImageNet", "imagenet1k", 80))}
 
 # %% ../nbs/31_prompts.ipynb #0d37a7bd
@@ -92,31 +101,48 @@ def combine(
 
 DOING = ("", "using ", "doing ", "during ", "performing ", "practicing ")
 OWN_TEMPLATES = dict( # what clip-benchmark lacks or has otherwise, as the authors published it
-    Birdsnap=("a photo of a {}, a type of bird.",), CLEVRCounts=("a photo of {} objects.",), HatefulMemes=("a {}.",), PCam=("this is a photo of {}",),
-    RESISC45=combine("{} {} of {}{{}}.", ("satellite", "aerial"), ("imagery", "photo", "view"), ("", "a ", "the ")),
-    UCF101=combine("a {} of {} person {}{{}}.", ("photo", "video", "example", "demonstration"), ("a", "the"), DOING),
-    Kinetics700=combine("a {} of {}{{}}.", ("photo", "video", "example", "demonstration"), ("", *(f"a person {doing}" for doing in DOING))))
+    Birdsnap=("a photo of a {}, a type of bird.",), CLEVRCounts=("a photo of {} objects.",),
+    HatefulMemes=("a {}.",), PCam=("this is a photo of {}",),
+    RESISC45=combine("{} {} of {}{{}}.", ("satellite", "aerial"), ("imagery", "photo", "view"),
+                     ("", "a ", "the ")),
+    UCF101=combine("a {} of {} person {}{{}}.", ("photo", "video", "example", "demonstration"),
+                   ("a", "the"), DOING),
+    Kinetics700=combine("a {} of {}{{}}.", ("photo", "video", "example", "demonstration"),
+                        ("", *(f"a person {doing}" for doing in DOING))))
 OWN_NAMES = dict(
     CLEVRCounts=tuple("3 4 5 6 7 8 9 10".split()), HatefulMemes=("meme", "hatespeech meme"),
-    FER2013=(("angry",), ("disgusted",), ("fearful",), ("happy", "smiling"), ("sad", "depressed"), ("surprised", "shocked", "spooked"), ("neutral", "bored")))
-RENAMED = dict(ImageNet={744:"projectile", 836:"sunglass"}) # WordNet's words for two classes that the published list names like others
+    FER2013=(("angry",), ("disgusted",), ("fearful",), ("happy", "smiling"), ("sad", "depressed"),
+             ("surprised", "shocked", "spooked"), ("neutral", "bored")))
+# WordNet's words for two classes that the published list names like others
+RENAMED = dict(ImageNet={744:"projectile", 836:"sunglass"})
 
 # %% ../nbs/31_prompts.ipynb #d6cac7f1
 @lru_cache(maxsize=None)
 def benchmark_files()->tuple[dict, dict]: # key -> class names, key -> templates
     "What clip-benchmark carries, read without importing it. Raises UserError where it is not installed."
     spec = importlib.util.find_spec("clip_benchmark")
-    if spec is None: raise UserError("the prompts of the paper's data sets come with another package: pip install clip-benchmark, or give your own by --template")
+    if spec is None:
+        raise UserError(
+            "the prompts of the paper's data sets come with another package: pip install "
+            "clip-benchmark, or give your own by --template")
     folder = Path(spec.origin).parent/"datasets"
-    try: names,templates = (json.loads((folder/f"en_{what}.json").read_text(encoding="utf-8")) for what in ("classnames", "zeroshot_classification_templates"))
-    except (OSError, ValueError) as e: raise UserError(f"clip-benchmark's prompts can't be read ({e}): pip install clip-benchmark==1.6.2, or give your own by --template") from None
-    return names, {key:tuple(t.replace("{c}", "{}") for t in found) for key,found in templates.items()}
+    try:
+        names,templates = (json.loads((folder/f"en_{what}.json").read_text(encoding="utf-8"))
+                           for what in ("classnames", "zeroshot_classification_templates"))
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"clip-benchmark's prompts can't be read ({e}): pip install clip-benchmark==1.6.2, or "
+            f"give your own by --template") from None
+    return names, {key:tuple(t.replace("{c}", "{}") for t in found)
+                   for key,found in templates.items()}
 
 def paper_set(
     name:str, # the paper's, torchvision's or clip-benchmark's, in any case
 )->PaperSet|None: # None for other data sets
     "A row of PAPER_SETS by any of its names."
-    return next((s for s in PAPER_SETS.values() if name.lower() in {str(n).lower() for n in (s.name, s.torchvision, s.benchmark) if n}), None)
+    return next((s for s in PAPER_SETS.values()
+                 if name.lower() in {str(n).lower() for n in (s.name, s.torchvision, s.benchmark)
+                                     if n}), None)
 
 # %% ../nbs/31_prompts.ipynb #1142100c
 def dataset_prompts(
@@ -125,12 +151,16 @@ def dataset_prompts(
     "Class names and templates of a data set, as the paper's authors published them. Raises UserError for a name without prompts, and where clip-benchmark is needed and missing."
     s = paper_set(name)
     label,key = (s.name, s.benchmark) if s else (None, name.lower())
-    whole = label in OWN_TEMPLATES and label != "PCam" # PatchCamelyon's class names are clip-benchmark's
+    # PatchCamelyon's class names are clip-benchmark's
+    whole = label in OWN_TEMPLATES and label != "PCam"
     all_names,all_templates = ({}, {}) if whole else benchmark_files()
-    templates,names = (own.get(label) or others.get(key) for own,others in ((OWN_TEMPLATES, all_templates), (OWN_NAMES, all_names)))
+    templates,names = (own.get(label) or others.get(key)
+                       for own,others in ((OWN_TEMPLATES, all_templates), (OWN_NAMES, all_names)))
     if templates is None:
         near = get_close_matches(name, [*PAPER_SETS, *all_templates], 1)
-        raise UserError(f"no prompts for {name!r}{f', did you mean {near[0]!r}?' if near else ''}: give your own by --template")
+        raise UserError(
+            f"no prompts for {name!r}{f', did you mean {near[0]!r}?' if near else ''}: give your "
+            f"own by --template")
     if label == "Caltech101": names = names[1:] # torchvision leaves the background out
     renamed = RENAMED.get(label, {})
     return tuple(renamed.get(i, n) for i,n in enumerate(names)) if names else None, tuple(templates)

@@ -88,67 +88,106 @@ RESNET,VIT = dict(beta2=0.999, eps=1e-8),dict(beta2=0.98, eps=1e-6) # table 18; 
 PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":3.6e-4,
             "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, "ViT-L/14@336px":2e-5} # tables 19 and 20; the last for one more epoch
 PAPER_BATCH = 32_768 # pairs a step, of all processes together
-RECIPES = {name:dict(lr=lr, batch_size=256, warmup=2000, weight_decay=0.2) | (VIT if PRESETS[name].patch_size else RESNET) for name,lr in PAPER_LR.items()}
+RECIPES = {name:dict(lr=lr, batch_size=256, warmup=2000, weight_decay=0.2)
+           | (VIT if PRESETS[name].patch_size else RESNET) for name,lr in PAPER_LR.items()}
 SMALL = dict(warmup=60, weight_decay=0.1, **VIT)
-RECIPES |= {"small":     dict(lr=4e-3, batch_size=256) | SMALL, "small-56":     dict(lr=4e-3, batch_size=512) | SMALL,
+RECIPES |= {"small":     dict(lr=4e-3, batch_size=256) | SMALL,
+            "small-56":     dict(lr=4e-3, batch_size=512) | SMALL,
             "small-vit": dict(lr=2e-3, batch_size=256) | SMALL,
             "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
-            "tiny":       dict(lr=2e-3, batch_size=128) | SMALL, "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
+            "tiny":       dict(lr=2e-3, batch_size=128) | SMALL,
+            "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
 
 # %% ../nbs/20_recipe.ipynb #ca1d7eb0
-RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
+RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json",
+             "tokenizer_config.json", "config.json",
              "metrics.jsonl", "report.md", "figures", "checkpoints", "logs", "unfinished"} # all that a run folder holds, and all that --overwrite replaces
 
 def check_numbers(cfg:TrainConfig):
     "Raise UserError for a number that can't be."
     option = lambda k: f"--{k.replace('_', '-')}"
-    for k in ("minutes", "steps", "epochs", "batch_size", "micro_batch", "img_size", "lr", "threads", "grad_clip", "chunk_size", "keep"):
-        if getattr(cfg, k) is not None and not 0 < getattr(cfg, k) < math.inf: raise UserError(f"{option(k)} must be a number above 0")
+    for k in ("minutes", "steps", "epochs", "batch_size", "micro_batch", "img_size", "lr",
+              "threads", "grad_clip", "chunk_size", "keep"):
+        if getattr(cfg, k) is not None and not 0 < getattr(cfg, k) < math.inf:
+            raise UserError(f"{option(k)} must be a number above 0")
     for k in ("workers", "warmup", "evals", "weight_decay", "eps", "lm_weight", "checkpoint_every"):
-        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < math.inf: raise UserError(f"{option(k)} must not be below 0 or infinite")
+        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < math.inf:
+            raise UserError(f"{option(k)} must not be below 0 or infinite")
     for k in ("beta1", "beta2"):
-        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < 1: raise UserError(f"{option(k)} must be at least 0 and below 1")
-    if not abs(cfg.seed) < 2**40: raise UserError("--seed must be a number of at most twelve digits")
-    if cfg.batch_size is not None and cfg.batch_size < 2: raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
+        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < 1:
+            raise UserError(f"{option(k)} must be at least 0 and below 1")
+    if not abs(cfg.seed) < 2**40:
+        raise UserError("--seed must be a number of at most twelve digits")
+    if cfg.batch_size is not None and cfg.batch_size < 2:
+        raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
     if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
     if not 0 <= cfg.variants <= 20: raise UserError("--variants must be a number from 0 to 20")
-    if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
+    if not 0 < cfg.crop_scale <= 1:
+        raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
 
 # %% ../nbs/20_recipe.ipynb #3dafc385
 def check_together(cfg:TrainConfig):
     "Raise UserError for options that contradict each other."
     given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
     if len(given) > 1: raise UserError(f"{' and '.join(given)} contradict each other: give one")
-    if cfg.resume and cfg.overwrite: raise UserError("--resume and --overwrite contradict each other: give one")
-    if cfg.lm_weight and cfg.text_tower == "bow": raise UserError("--lm-weight needs --text-tower transformer: a bag of words has no next word")
-    if cfg.lm_weight and cfg.micro_batch: raise UserError("--lm-weight and --micro-batch can't be used together: give one")
-    if cfg.freeze_bn and not cfg.init: raise UserError("--freeze-bn needs --init: a new model has no statistics worth keeping")
-    if cfg.init and cfg.merges: raise UserError("--merges has no meaning with --init, whose vocabulary is kept")
-    if not cfg.gather_with_grad and cfg.loss == "siglip": raise UserError("--no-gather-with-grad belongs to --loss clip: SigLIP's texts go round a ring")
-    if cfg.text_weights == "bfloat16" and cfg.precision != "bf16": raise UserError("--text-weights bfloat16 needs --precision bf16, which computes in that type")
-    if cfg.variants and not cfg.scenes: raise UserError("--variants needs --scenes: it says what stands beside a scene")
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume and --overwrite contradict each other: give one")
+    if cfg.lm_weight and cfg.text_tower == "bow":
+        raise UserError(
+            "--lm-weight needs --text-tower transformer: a bag of words has no next word")
+    if cfg.lm_weight and cfg.micro_batch:
+        raise UserError("--lm-weight and --micro-batch can't be used together: give one")
+    if cfg.freeze_bn and not cfg.init:
+        raise UserError("--freeze-bn needs --init: a new model has no statistics worth keeping")
+    if cfg.init and cfg.merges:
+        raise UserError("--merges has no meaning with --init, whose vocabulary is kept")
+    if not cfg.gather_with_grad and cfg.loss == "siglip":
+        raise UserError(
+            "--no-gather-with-grad belongs to --loss clip: SigLIP's texts go round a ring")
+    if cfg.text_weights == "bfloat16" and cfg.precision != "bf16":
+        raise UserError(
+            "--text-weights bfloat16 needs --precision bf16, which computes in that type")
+    if cfg.variants and not cfg.scenes:
+        raise UserError("--variants needs --scenes: it says what stands beside a scene")
     if cfg.data == "glyphs":
-        if cfg.epochs is not None: raise UserError("--epochs has no meaning for glyphs, which never end: give --steps or --minutes")
-        if cfg.workers: raise UserError("--workers has no meaning for glyphs, which are drawn in the process itself")
+        if cfg.epochs is not None:
+            raise UserError(
+                "--epochs has no meaning for glyphs, which never end: give --steps or --minutes")
+        if cfg.workers:
+            raise UserError(
+                "--workers has no meaning for glyphs, which are drawn in the process itself")
     elif cfg.scenes or cfg.hold_out_val or cfg.extra_fonts:
         raise UserError("--scenes, --hold-out-val and --extra-fonts belong to --data glyphs")
     if cfg.preset is not None: preset_name(cfg.preset)
-    if cfg.precision == "fp16" and not torch.cuda.is_available(): raise UserError("--precision fp16 needs a GPU: use bf16 or no")
+    if cfg.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--precision fp16 needs a GPU: use bf16 or no")
 
 # %% ../nbs/20_recipe.ipynb #f17ff579
 def check_folder(cfg:TrainConfig):
     "Raise UserError where --out must not be written to."
-    if cfg.out.exists() and not cfg.out.is_dir(): raise UserError(f"--out {cfg.out} is a file: give a folder")
+    if cfg.out.exists() and not cfg.out.is_dir():
+        raise UserError(f"--out {cfg.out} is a file: give a folder")
     held = {p.name for p in cfg.out.iterdir()} if cfg.out.exists() else set()
-    strange = {name for name in held - RUN_FILES if not name.endswith(".aside") and not name.startswith(".")} # a kill while a file is written leaves *.aside
-    if strange: raise UserError(f"{cfg.out} holds files of something else ({min(strange)}): choose another --out")
+    # a kill while a file is written leaves *.aside
+    strange = {name for name in held - RUN_FILES if not name.endswith(".aside")
+               and not name.startswith(".")}
+    if strange:
+        raise UserError(
+            f"{cfg.out} holds files of something else ({min(strange)}): choose another --out")
     if held and not (cfg.overwrite or cfg.resume):
-        raise UserError(f"{cfg.out} already holds a run: choose another --out, go on with it by --resume, or replace it with --overwrite")
-    if cfg.resume and "open_clip_model.safetensors" in held and not any((cfg.out/"checkpoints").glob("step-*")):
-        raise UserError(f"{cfg.out} holds a model and no checkpoint to go on from: choose another --out, or replace it with --overwrite")
+        raise UserError(
+            f"{cfg.out} already holds a run: choose another --out, go on with it by --resume, or "
+            f"replace it with --overwrite")
+    if cfg.resume and "open_clip_model.safetensors" in held and not any(
+        (cfg.out/"checkpoints").glob("step-*")):
+        raise UserError(
+            f"{cfg.out} holds a model and no checkpoint to go on from: choose another --out, or "
+            f"replace it with --overwrite")
     there = next(p for p in (cfg.out, *cfg.out.absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK): raise UserError(f"--out {cfg.out} can't be made or written to: choose another --out")
-    if cfg.init and cfg.init.resolve() == cfg.out.resolve(): raise UserError("--init and --out name the same folder: choose another --out")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out {cfg.out} can't be made or written to: choose another --out")
+    if cfg.init and cfg.init.resolve() == cfg.out.resolve():
+        raise UserError("--init and --out name the same folder: choose another --out")
 
 def check(cfg:TrainConfig):
     "Raise UserError for options that can't be, before anything long begins."
@@ -179,9 +218,12 @@ def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
     "Whether this CPU computes a convolution and a product in bfloat16, forward and backward, faster than in float32."
-    ask = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")) # torch has no public name for it
+    # torch has no public name for it
+    ask = (getattr(torch.cpu, name, None)
+           for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     if not any(f() for f in ask if f): return False
-    net = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(1), nn.Linear(32*256, 256)).to(memory_format=torch.channels_last)
+    net = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(1),
+                        nn.Linear(32*256, 256)).to(memory_format=torch.channels_last)
     x = torch.randn(64, 32, 16, 16).contiguous(memory_format=torch.channels_last)
     def seconds(on):
         best = math.inf
@@ -199,8 +241,10 @@ def pick_precision(
 )->str:        # "no", "bf16" or "fp16"
     "Resolve `auto`."
     if asked != "auto": return asked
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no" # several processes must not decide apart
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    # several processes must not decide apart
+    return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no"
 
 # %% ../nbs/20_recipe.ipynb #1b2e58b6
 def n_cores()->int:
@@ -213,7 +257,9 @@ def preset_of(
     "The preset that a run was trained with. Raises UserError where there is no run."
     if init is None: return None
     try: about = json.loads((init/"config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise UserError(f"--init {init} is no run folder: its config.json can't be read ({e})") from None
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"--init {init} is no run folder: its config.json can't be read ({e})") from None
     name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
     return RENAMED.get(name, name if name in PRESETS else None)
 
@@ -227,9 +273,13 @@ def resolve(cfg:TrainConfig)->TrainConfig:
     cfg.preset = RENAMED.get(name, name)
     for name,value in RECIPES[cfg.preset].items():
         if getattr(cfg, name) is None: setattr(cfg, name, value)
-    if cfg.micro_batch and cfg.micro_batch >= cfg.batch_size: cfg.micro_batch = None # the whole batch at once
-    if cfg.micro_batch and 1 in (cfg.micro_batch, cfg.batch_size % cfg.micro_batch) and not PRESETS[cfg.preset].patch_size:
-        raise UserError(f"--micro-batch {cfg.micro_batch} leaves a part of one pair, which has no statistics for BatchNorm: give one that divides --batch-size")
+    # the whole batch at once
+    if cfg.micro_batch and cfg.micro_batch >= cfg.batch_size: cfg.micro_batch = None
+    if cfg.micro_batch and 1 in (cfg.micro_batch,
+                                 cfg.batch_size % cfg.micro_batch) and not PRESETS[cfg.preset].patch_size:
+        raise UserError(
+            f"--micro-batch {cfg.micro_batch} leaves a part of one pair, which has no statistics "
+            f"for BatchNorm: give one that divides --batch-size")
     cfg.threads = cfg.threads or max(1, n_cores()//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(cfg.threads)
     cfg.precision = pick_precision(cfg.precision)

@@ -37,7 +37,8 @@ def share_of_images(
 )->tuple:                    # (images (N, E), texts (M, E), the image of each text (M,)), counts (3,)
     "Embed this process's share of --eval-data."
     transform = image_transform(model.config.img_size, normalized=False)
-    stream = PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col), transform, rank, world)
+    stream = PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col), transform, rank,
+                        world)
     return embed_pairs(model, tokenizer, pair_loader(stream, 256)), stream.counts
 
 def join_shares(
@@ -47,7 +48,8 @@ def join_shares(
     embedded,counts = zip(*shares)
     n,owners = 0,[]
     for img_emb,_,owner in embedded: owners.append(owner+n); n += len(img_emb)
-    recalls = recall_at(torch.cat([e[0] for e in embedded]), torch.cat([e[1] for e in embedded]), torch.cat(owners))
+    recalls = recall_at(torch.cat([e[0] for e in embedded]), torch.cat([e[1] for e in embedded]),
+                        torch.cat(owners))
     return recalls | dict(n_images=n, broken_images=int(sum(counts)[1]))
 
 # %% ../nbs/84_report.ipynb #5a2348dc
@@ -62,9 +64,12 @@ def evaluate(
     "What the run is measured by."
     out = {}
     if cfg.data == "glyphs":
-        names = (SUITE if final else ("symbols",)) + (SCENE_SUITE if final and cfg.scenes else ()) + (("cards_val","dominoes_val") if cfg.hold_out_val else ())
+        names = (SUITE if final else ("symbols",)) + (SCENE_SUITE if final and cfg.scenes
+                                                      else ()) + (("cards_val","dominoes_val")
+                                                      if cfg.hold_out_val else ())
         mine = evaluate_suite(model, tokenizer, model.config.img_size, names[rank::world])
-        found = {name:value for part in (gather_object([mine]) if world > 1 else [mine]) for name,value in part.items()}
+        found = {name:value for part in (gather_object([mine]) if world > 1 else [mine])
+                 for name,value in part.items()}
         out["suite"] = {name:found[name] for name in names}
     if cfg.eval_data:
         mine = share_of_images(cfg, model, tokenizer, rank, world)
@@ -75,7 +80,8 @@ def score(
     found:dict, # what `evaluate` gives
 )->float|None:  # 0 to 1; None where nothing was measured
     "One number to tell the best checkpoint by: the mean of all accuracies and recalls."
-    values = [*found.get("suite", {}).values(), *(v for k,v in found.get("retrieval", {}).items() if "@" in k)]
+    values = [*found.get("suite", {}).values(),
+              *(v for k,v in found.get("retrieval", {}).items() if "@" in k)]
     return sum(values)/len(values) if values else None
 
 # %% ../nbs/84_report.ipynb #e1175986
@@ -99,8 +105,10 @@ class Meter:
     def __init__(self, trainer):
         cfg,self.trainer,self.show = trainer.cfg,trainer,trainer.acc.is_main_process
         self.file = (cfg.out/"metrics.jsonl").open("a", encoding="utf-8") if self.show else None
-        self.bar = progress(total=max(1, round(trainer.n_steps or cfg.minutes*60)), desc="training", disable=None if self.show else True, leave=True,
-                            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+        self.bar = progress(total=max(1, round(trainer.n_steps or cfg.minutes*60)), desc="training",
+                            disable=None if self.show else True, leave=True,
+                            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} "
+                                       "{postfix}")
         self.said = time.monotonic()
 
     def write(self, **values):
@@ -113,14 +121,19 @@ class Meter:
         t = self.trainer
         if not self.show: return
         speed,waiting = t.step*t.n_global/t.seconds,t.waited/t.seconds
-        state = "loss {loss:.3f} · accuracy {accuracy:.0%} · scale {scale:.1f}".format(**values) + f" · {speed:.0f} pairs/s · waiting for data {waiting:.0%}"
+        state = "loss {loss:.3f} · accuracy {accuracy:.0%} · scale {scale:.1f}".format(
+            **values) + f" · {speed:.0f} pairs/s · waiting for data {waiting:.0%}"
         self.bar.n = min(t.step if t.n_steps else round(t.seconds), self.bar.total)
         self.bar.set_postfix_str(state)
         if t.step == 1 or t.step % 20 == 0:
-            record = dict(seconds=round(t.seconds, 2), pairs_per_s=round(speed, 1), waiting=round(waiting, 3), **{k:round(v, 5) for k,v in values.items()})
+            record = dict(seconds=round(t.seconds, 2), pairs_per_s=round(speed, 1),
+                          waiting=round(waiting, 3), **{k:round(v, 5) for k,v in values.items()})
             self.write(step=t.step, **record)
             t.acc.log(record, step=t.step)
-        if t.step == 100 and waiting > 0.5: self.say(f"waiting for data takes {waiting:.0%} of the time: the data limit the speed, so raise --workers")
+        if t.step == 100 and waiting > 0.5:
+            self.say(
+                f"waiting for data takes {waiting:.0%} of the time: the data limit the speed, so "
+                f"raise --workers")
         if self.bar.disable and time.monotonic() - self.said > 60:
             self.said = time.monotonic()
             print(f"step {t.step}: {state}", flush=True)
@@ -137,7 +150,8 @@ def result_tables(
     tables = [suite_table(last["suite"])] if "suite" in last else []
     if "retrieval" in last:
         n = last["retrieval"]["n_images"]
-        rows = {k:(100*v, 100*int(k.split("@")[1])/n) for k,v in last["retrieval"].items() if "@" in k}
+        rows = {k:(100*v, 100*int(k.split("@")[1])/n) for k,v in last["retrieval"].items()
+                if "@" in k}
         tables.append(pd.DataFrame(rows, index=["recall %", "chance %"]).T.round(1))
     return tables
 
@@ -155,13 +169,15 @@ def draw_figures(
     ax.plot(losses, linewidth=0.8)
     level,name = guessing(cfg.loss, batch)
     ax.axhline(level, color="0.5", linestyle="--")
-    ax.set(xlabel="step", ylabel="loss (nats)", title=f"dashed: guessing, {name} = {level:.2f}", ylim=(0, None))
+    ax.set(xlabel="step", ylabel="loss (nats)", title=f"dashed: guessing, {name} = {level:.2f}",
+           ylim=(0, None))
     fig.savefig(cfg.out/"figures"/"loss.png")
     plt.close(fig)
     lines = ["![loss](figures/loss.png)", ""]
     if cfg.data == "glyphs":
         data = eval_set("cards_unseen", model.config.img_size)
-        fig = plot_predictions(model, tokenizer, data, list(range(0, len(data.labels), len(data.labels)//5)))
+        fig = plot_predictions(model, tokenizer, data,
+                               list(range(0, len(data.labels), len(data.labels)//5)))
         fig.savefig(cfg.out/"figures"/"cards_unseen.png")
         plt.close(fig)
         lines += ["![playing cards never seen in training](figures/cards_unseen.png)", ""]
@@ -176,13 +192,22 @@ def write_report(
     losses:list[float],      # one a step
 ):
     "report.md and figures/: what a person looks at after a run. Prints the same tables."
-    lines = [f"# {cfg.out.name}", "", f"{last['steps']} steps, {last['pairs']:,} pairs, {last['seconds']/60:.1f} minutes on {hardware()}.", ""]
+    lines = [f"# {cfg.out.name}", "",
+             f"{last['steps']} steps, {last['pairs']:,} pairs, {last['seconds']/60:.1f} minutes on "
+             f"{hardware()}.", ""]
     lines += [f"Captions that stood twice in their batch: {last['repeated_captions']:.1%}.", ""]
-    if "used" in last: lines += [f"Pairs read: {last['used']:,}. Skipped: {last['broken_images']} images that did not decode, {last['empty_captions']} without a caption. Images put off, because their batch had them already: {last['put_off']:,}; in a batch twice all the same, for want of others: {last['repeated_images']:,}.", ""]
+    if "used" in last:
+        lines += [
+            f"Pairs read: {last['used']:,}. Skipped: {last['broken_images']} images that did not "
+            f"decode, {last['empty_captions']} without a caption. Images put off, because their "
+            f"batch had them already: {last['put_off']:,}; in a batch twice all the same, for want "
+            f"of others: {last['repeated_images']:,}.", ""]
     tables = [t.to_string() for t in result_tables(last)]
     for table in tables: lines += ["```", table, "```", ""]
     lines += draw_figures(cfg, model, tokenizer, last["batch"], losses)
     (cfg.out/"report.md").write_text("\n".join(lines), encoding="utf-8")
     skipped = f"skipped {last['broken_images']} broken images and {last['empty_captions']} empty captions" if "used" in last else ""
     print(*tables, *([skipped] if skipped else []), sep="\n")
-    print(f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by clip_nbdev.load({str(cfg.out)!r})", flush=True)
+    print(
+        f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by "
+        f"clip_nbdev.load({str(cfg.out)!r})", flush=True)

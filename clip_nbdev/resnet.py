@@ -35,7 +35,9 @@ class Bottleneck(nn.Module):
         self.downsample = None
         if stride > 1 or n_in != n_out:
             pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-            self.downsample = nn.Sequential(OrderedDict([("-1", pool), ("0", nn.Conv2d(n_in, n_out, 1, bias=False)), ("1", nn.BatchNorm2d(n_out))]))
+            self.downsample = nn.Sequential(
+                OrderedDict([("-1", pool), ("0", nn.Conv2d(n_in, n_out, 1, bias=False)),
+                             ("1", nn.BatchNorm2d(n_out))]))
 
     def forward(self, x:Tensor)->Tensor: # (B, n_in, H, W) -> (B, 4*planes, H/stride, W/stride)
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -51,7 +53,8 @@ def stage(
     stride:int,   # of the first block: 2 halves height and width
 )->nn.Sequential:
     "One stage of the tower. Each block starts as its shortcut alone: the scale of its last BatchNorm is 0."
-    blocks = [Bottleneck(n_in, planes, stride)] + [Bottleneck(planes*4, planes) for _ in range(n_blocks-1)]
+    blocks = [Bottleneck(n_in, planes, stride)] + [Bottleneck(planes*4, planes)
+                                                   for _ in range(n_blocks-1)]
     for block in blocks: nn.init.zeros_(block.bn3.weight)
     return nn.Sequential(*blocks)
 
@@ -65,12 +68,14 @@ class AttentionPool2d(nn.Module):
         embed_dim:int, # size of the result
     ):
         super().__init__()
-        if n_heads < 1 or width % n_heads: raise ValueError(f"width {width} is not a multiple of n_heads {n_heads}")
+        if n_heads < 1 or width % n_heads:
+            raise ValueError(f"width {width} is not a multiple of n_heads {n_heads}")
         self.n_heads = n_heads
         self.positional_embedding = nn.Parameter(torch.randn(side**2+1, width) * width**-0.5)
         self.k_proj,self.q_proj,self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
-        for proj in (self.q_proj, self.k_proj, self.v_proj, self.c_proj): nn.init.normal_(proj.weight, std=width**-0.5)
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(proj.weight, std=width**-0.5)
 
     def tokens(self, x:Tensor)->Tensor: # (B, D, side, side) -> (B, 1+P, D)
         "The mean of the feature map and its cells, with their positions."
@@ -79,7 +84,8 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # (B, D, side, side) -> (B, E)
         x,k,v = self.tokens(x),self.k_proj,self.v_proj
-        return self.c_proj(attend_once(self.q_proj(x[:,0]), x, k.weight, k.bias, v.weight, v.bias, self.n_heads))
+        return self.c_proj(attend_once(self.q_proj(x[:,0]), x, k.weight, k.bias, v.weight, v.bias,
+                                       self.n_heads))
 
 # %% ../nbs/14_resnet.ipynb #7255ecc1
 class ModifiedResNet(nn.Module):
@@ -92,7 +98,9 @@ class ModifiedResNet(nn.Module):
         n_heads:int|None=None,            # of the attention pool, default one for 64 channels
     ):
         super().__init__()
-        if img_size % 2 or img_size < 32: raise ValueError(f"img_size {img_size} must be even and at least 32, the ResNet's total stride")
+        if img_size % 2 or img_size < 32:
+            raise ValueError(
+                f"img_size {img_size} must be even and at least 32, the ResNet's total stride")
         self.img_size = img_size
         self.conv1 = nn.Conv2d(3, width//2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width//2)
@@ -105,11 +113,13 @@ class ModifiedResNet(nn.Module):
         self.layer2 = stage(width*4, width*2, layers[1], 2)
         self.layer3 = stage(width*8, width*4, layers[2], 2)
         self.layer4 = stage(width*16, width*8, layers[3], 2)
-        self.attnpool = AttentionPool2d(img_size//32, width*32, n_heads or max(1, width*32//64), embed_dim)
+        self.attnpool = AttentionPool2d(img_size//32, width*32, n_heads or max(1, width*32//64),
+                                        embed_dim)
 
     def stem(self, x:Tensor)->Tensor: # (B, 3, H, W) -> (B, width, H/4, W/4)
         "Three 3×3 convolutions and a pooling, where ResNet-50 has one 7×7 convolution and a max-pooling."
-        for conv,bn in ((self.conv1,self.bn1), (self.conv2,self.bn2), (self.conv3,self.bn3)): x = F.relu(bn(conv(x)), inplace=True)
+        for conv,bn in ((self.conv1,self.bn1), (self.conv2,self.bn2), (self.conv3,self.bn3)):
+            x = F.relu(bn(conv(x)), inplace=True)
         return self.avgpool(x)
 
     def feature_map(self, x:Tensor)->Tensor: # (B, 3, H, W) -> (B, 32*width, H/32, W/32)
@@ -118,7 +128,9 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised, any memory layout -> (B, E)
         if x.shape[2:] != (self.img_size, self.img_size):
-            raise ValueError(f"images of {tuple(x.shape[2:])} pixels, and the tower's positions are for img_size {self.img_size}")
+            raise ValueError(
+                f"images of {tuple(x.shape[2:])} pixels, and the tower's positions are for "
+                f"img_size {self.img_size}")
         return self.attnpool(self.feature_map(x))
 
 # %% ../nbs/14_resnet.ipynb #982f01bb
@@ -130,5 +142,6 @@ def compound_scale(
     if factor <= 0: raise ValueError(f"factor {factor} must be positive")
     share = factor**(1/3) # operations grow with depth, and with the squares of width and resolution
     near = lambda value,step: max(step, step*round(value/step))
-    return dict(layers=tuple(max(1, round(n*share)) for n in base["layers"]), width=near(base["width"]*share**0.5, 16),
+    return dict(layers=tuple(max(1, round(n*share)) for n in base["layers"]),
+                width=near(base["width"]*share**0.5, 16),
                 img_size=near(base["img_size"]*share**0.5, 32))

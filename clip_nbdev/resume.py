@@ -52,13 +52,16 @@ def checksum(
     path:Path, # a file
 )->int:        # CRC-32
     "Computed in blocks, since the file may be larger than the memory."
-    with path.open("rb") as file: return reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: file.read(2**24), b""), 0)
+    with path.open("rb") as file:
+        return reduce(lambda crc, block: zlib.crc32(block, crc),
+                      iter(lambda: file.read(2**24), b""), 0)
 
 def checksums(
     folder:Path, # a checkpoint
 )->dict:         # name -> CRC-32
     "Of every file but the description that holds them."
-    return {str(p.relative_to(folder)):checksum(p) for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("about.json")}
+    return {str(p.relative_to(folder)):checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()
+            and not p.name.startswith("about.json")}
 
 # %% ../nbs/83_resume.ipynb #489c3bdf
 class CheckpointFolder:
@@ -83,7 +86,8 @@ class CheckpointFolder:
         write_json(path/"about.json", dict(step=step, score=score, files=files))
 
     def best(self)->Path|None: # the one with the largest score, where any has one
-        scores = {path:score for path in self.all() if (score := self.about(path).get("score")) is not None}
+        scores = {path:score for path in self.all()
+                  if (score := self.about(path).get("score")) is not None}
         return max(scores, key=scores.get) if scores else None
 
     def prune(self):
@@ -91,7 +95,8 @@ class CheckpointFolder:
         stay = {*self.all()[-self.keep:], self.best()}
         for path in self.all():
             if path in stay: continue
-            path.rename(self.folder/"unfinished") # so that half a folder never bears a checkpoint's name
+            # so that half a folder never bears a checkpoint's name
+            path.rename(self.folder/"unfinished")
             shutil.rmtree(self.folder/"unfinished")
 
 # %% ../nbs/83_resume.ipynb #b4430d09
@@ -100,8 +105,12 @@ class CheckpointReader(CheckpointFolder):
     def check(self, path:Path):
         "Raise UserError where a file is missing, or not what was written."
         now,then = checksums(path),self.about(path).get("files")
-        damaged = ["about.json"] if then is None else sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
-        if damaged: raise UserError(f"{path} is damaged ({', '.join(damaged)}): delete it, and --resume takes the one before")
+        damaged = ["about.json"] if then is None else sorted(
+            k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+        if damaged:
+            raise UserError(
+                f"{path} is damaged ({', '.join(damaged)}): delete it, and --resume takes the one "
+                f"before")
 
     def read(self,
         acc:Accelerator, # with the model and the optimiser that are filled
@@ -111,12 +120,19 @@ class CheckpointReader(CheckpointFolder):
         "Load a checkpoint. Raises UserError where it is damaged, belongs to another number of processes, or does not fit."
         self.check(path)
         there = len(list(path.glob("process-*.pt")))
-        if there != acc.num_processes: raise UserError(f"{path} was written by {there} processes, now there are {acc.num_processes}: start as many")
-        shared,mine = (torch.load(path/name, weights_only=True) for name in ("shared.pt", f"process-{acc.process_index}.pt"))
+        if there != acc.num_processes:
+            raise UserError(
+                f"{path} was written by {there} processes, now there are {acc.num_processes}: "
+                f"start as many")
+        shared,mine = (torch.load(path/name, weights_only=True)
+                       for name in ("shared.pt", f"process-{acc.process_index}.pt"))
         if fits: fits(shared)
         try: acc.load_state(str(path))
-        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as e: # it is whole, so it is of something else
-            raise UserError(f"{path} does not fit this run ({reason(e)}): resume it with the options that it was started with") from None
+        # it is whole, so it is of something else
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as e:
+            raise UserError(
+                f"{path} does not fit this run ({reason(e)}): resume it with the options that it "
+                f"was started with") from None
         return shared, mine
 
 # %% ../nbs/83_resume.ipynb #f373da6a
@@ -131,15 +147,22 @@ class Checkpoints(CheckpointReader):
     )->Path:                     # the folder written
         "Write a checkpoint; called by all processes together. Raises UserError where the disk is full."
         final,first = self.folder/f"step-{step:08d}",acc.is_main_process
-        if broadcast_object_list([final.exists()])[0]: # as the first process sees it: a network's disk may show others an older state
-            if first and score is not None: self.describe(final, step, score, self.about(final).get("files")) # the same step of the same run
+        # as the first process sees it: a network's disk may show others an older state
+        if broadcast_object_list([final.exists()])[0]:
+            # the same step of the same run
+            if first and score is not None:
+                self.describe(final, step, score, self.about(final).get("files"))
             return final
         try: self.write_new(acc, final, step, shared, mine, score)
-        except (OSError, RuntimeError, SafetensorError) as e: # torch and safetensors have errors of their own for a full disk
-            raise UserError(f"the checkpoint of step {step} can't be written to {self.folder} ({reason(e)}): free space there") from None
+        # torch and safetensors have errors of their own for a full disk
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise UserError(
+                f"the checkpoint of step {step} can't be written to {self.folder} ({reason(e)}): "
+                f"free space there") from None
         return final
 
-    def write_new(self, acc:Accelerator, final:Path, step:int, shared:dict, mine:dict, score:float|None):
+    def write_new(self, acc:Accelerator, final:Path, step:int, shared:dict, mine:dict,
+                  score:float|None):
         "The order of events: aside, complete, on the disk, renamed; then the oldest may go."
         aside,first = self.folder/"unfinished",acc.is_main_process
         if first:
@@ -174,14 +197,16 @@ class StopSignals:
 
     def __enter__(self):
         usable = threading.current_thread() is threading.main_thread() # others may not set handlers
-        self.before = {s:signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)} if usable else {}
+        self.before = {s:signal.signal(s, self.note)
+                       for s in (signal.SIGTERM, signal.SIGINT)} if usable else {}
         return self
 
     def __exit__(self, *exc):
         for s,handler in self.before.items(): signal.signal(s, handler)
 
     def note(self, number:int, frame):
-        if self.got and number == signal.SIGINT: raise KeyboardInterrupt # asked again, by hand: at once
+        # asked again, by hand: at once
+        if self.got and number == signal.SIGINT: raise KeyboardInterrupt
         self.got = self.got or number
 
     @property

@@ -13,7 +13,8 @@ from .core import UserError, evaluating, progress
 from .data import normalize
 
 # %% ../nbs/33_retrieval.ipynb #7e0ced68
-TIE = 1e-6 # cosines closer than this count as equal: float32 rounds a sum of products by about as much
+# cosines closer than this count as equal: float32 rounds a sum of products by about as much
+TIE = 1e-6
 
 def check_pairs(
     img_emb:Tensor, # (N, E) length 1
@@ -22,9 +23,12 @@ def check_pairs(
 ):
     "Raises ValueError unless every caption has an image, every image a caption, and every embedding length 1."
     if len(owner) != len(txt_emb): raise ValueError(f"{len(txt_emb)} texts and {len(owner)} owners")
-    if not torch.equal(owner.unique(), torch.arange(len(img_emb), device=owner.device)): raise ValueError("an image has no text, or an owner names no image")
+    if not torch.equal(owner.unique(), torch.arange(len(img_emb), device=owner.device)):
+        raise ValueError("an image has no text, or an owner names no image")
     for name,emb in dict(img_emb=img_emb, txt_emb=txt_emb).items():
-        if not ((emb.float().norm(dim=-1) - 1).abs() < 0.01).all(): raise ValueError(f"{name} has rows that are not of length 1, or not finite: normalise them")
+        if not ((emb.float().norm(dim=-1) - 1).abs() < 0.01).all():
+            raise ValueError(
+                f"{name} has rows that are not of length 1, or not finite: normalise them")
 
 # %% ../nbs/33_retrieval.ipynb #cca6ae31
 def recall_at(
@@ -37,8 +41,10 @@ def recall_at(
     "Recall both ways (appendix E): a query is right when something of its own is among the first k. Ties count against it. Raises ValueError on bad input."
     check_pairs(img_emb, txt_emb, owner)
     img_emb,txt_emb = img_emb.float(),txt_emb.float()
-    own = (txt_emb * img_emb[owner]).sum(1)                                                   # (M,) each text with its image
-    best = own.new_full((len(img_emb),), -2.).scatter_reduce(0, owner, own, "amax")           # (N,) each image with its nearest text
+    # (M,) each text with its image
+    own = (txt_emb * img_emb[owner]).sum(1)
+    # (N,) each image with its nearest text
+    best = own.new_full((len(img_emb),), -2.).scatter_reduce(0, owner, own, "amax")
     img_rank,txt_rank = torch.zeros_like(best),[]
     for rows in torch.arange(len(txt_emb), device=owner.device).split(max(1, tile//len(img_emb))):
         sims = txt_emb[rows] @ img_emb.T + TIE
@@ -46,7 +52,8 @@ def recall_at(
         txt_rank.append((sims >= own[rows,None]).sum(1))
         img_rank += (sims >= best).sum(0)
     ranks = dict(image_to_text=img_rank, text_to_image=torch.cat(txt_rank))
-    return {f"{way}@{k}":(rank < k).double().mean().item() for way,rank in ranks.items() for k in ks}
+    return {f"{way}@{k}":(rank < k).double().mean().item() for way,rank in ranks.items()
+            for k in ks}
 
 # %% ../nbs/33_retrieval.ipynb #1738370a
 def embed_pairs(
@@ -61,10 +68,13 @@ def embed_pairs(
     img_emb,txt_emb,owner,n = [empty],[empty],[],0
     with evaluating(model):
         for images,captions in progress(loader, desc="embedding pairs"):
-            if any(isinstance(own, str) for own in captions): raise UserError("retrieval needs a list of captions for each image, as a PairStream gives them")
+            if any(isinstance(own, str) for own in captions):
+                raise UserError(
+                    "retrieval needs a list of captions for each image, as a PairStream gives them")
             img_emb.append(model.encode_image(normalize(images.to(device)), normalize=True).cpu())
             texts = [prompt+c for own in captions for c in own]
-            txt_emb.append(model.encode_text(tokenizer(texts, truncate=True).to(device), normalize=True).cpu())
+            txt_emb.append(model.encode_text(tokenizer(texts, truncate=True).to(device),
+                                             normalize=True).cpu())
             owner += [n+i for i,own in enumerate(captions) for _ in own]
             n += len(images)
     return torch.cat(img_emb), torch.cat(txt_emb), torch.tensor(owner)

@@ -25,16 +25,23 @@ def alternatives(
     nouns:list[tuple[str, int]], # noun, which concept
 )->list[Scene]:                  # empty where nothing can differ
     "Every scene that differs from this one in one respect. Raises UserError for a respect that there is none of."
-    if what not in DIFFERENCES: raise UserError(f"no difference {what!r}: there are {', '.join(DIFFERENCES)}")
+    if what not in DIFFERENCES:
+        raise UserError(f"no difference {what!r}: there are {', '.join(DIFFERENCES)}")
     t = scene.things[i]
     others = sum(o.count for o in scene.things) - t.count
-    values = dict(noun=[dict(noun=n, glyph=g) for n,g in nouns if n != t.noun], colour=[dict(colour=c) for c in inks_on(scene.ground) if c != t.colour],
-                  size=[dict(size=s) for s in SIZES if s != t.size], count=[dict(count=c) for c in (1,2,3) if c != t.count and c+others <= 4])
-    if what in values: return [replace(scene, things=(*scene.things[:i], replace(t, **v), *scene.things[i+1:])) for v in values[what]]
+    values = dict(noun=[dict(noun=n, glyph=g) for n,g in nouns if n != t.noun],
+                  colour=[dict(colour=c) for c in inks_on(scene.ground) if c != t.colour],
+                  size=[dict(size=s) for s in SIZES if s != t.size],
+                  count=[dict(count=c) for c in (1,2,3) if c != t.count and c+others <= 4])
+    if what in values:
+        return [replace(scene, things=(*scene.things[:i], replace(t, **v), *scene.things[i+1:]))
+                for v in values[what]]
     if scene.relation is None: return []
-    if what == "relation": return [replace(scene, relation=r) for r in RELATIONS if r != scene.relation]
+    if what == "relation":
+        return [replace(scene, relation=r) for r in RELATIONS if r != scene.relation]
     a,b = scene.things
-    return [] if a.colour == b.colour else [replace(scene, things=(replace(a, colour=b.colour), replace(b, colour=a.colour)))]
+    return [] if a.colour == b.colour else [
+        replace(scene, things=(replace(a, colour=b.colour), replace(b, colour=a.colour)))]
 
 # %% ../nbs/42_scenes.ipynb #bac55924
 SCENE_SUITE = tuple(f"scenes_{what}" for what in DIFFERENCES)
@@ -46,12 +53,14 @@ def scene_set(
     seed:int=1234,      # fixed, so that every model sees the same images
 )->EvalSet:
     "Scenes, each to be told from those that differ from it in one word. Raises UserError for a name that is not in SCENE_SUITE."
-    if name not in SCENE_SUITE: raise UserError(f"no evaluation set {name!r}: there are {', '.join(SCENE_SUITE)}")
+    if name not in SCENE_SUITE:
+        raise UserError(f"no evaluation set {name!r}: there are {', '.join(SCENE_SUITE)}")
     pairs,rng = GlyphPairs(img_size, scenes=1., seed=seed),random.Random(seed)
     scenes,rows,found = [],[],{}
     while len(scenes) < n_images:
         s = random_scene(pairs.nouns, rng)
-        others = alternatives(s, name.removeprefix("scenes_"), rng.randrange(len(s.things)), pairs.nouns)
+        others = alternatives(s, name.removeprefix("scenes_"), rng.randrange(len(s.things)),
+                              pairs.nouns)
         if not others: continue
         scenes.append(s)
         rows.append([found.setdefault(each.caption(), len(found)) for each in (s, *others)])
@@ -86,6 +95,7 @@ class ScenePairs(GlyphPairs):
         "Random scenes, then families, the last of them cut short where it does not fit."
         rng = random.Random(int(torch.randint(2**62, (1,), generator=self.gen)))
         scenes = [random_scene(self.nouns, rng) for _ in range(n//2 if self.variants else n)]
-        while len(scenes) < n: scenes += family(random_scene(self.nouns, rng), self.variants, self.nouns, rng)
+        while len(scenes) < n:
+            scenes += family(random_scene(self.nouns, rng), self.variants, self.nouns, rng)
         captions = [s.caption() for s in scenes[:n]]
         return paint_scenes(self.bank, scenes[:n], self.img_size, self.gen), captions, captions

@@ -37,13 +37,24 @@ def load_pickle(
     path:Path, # written by torch.save
 ):
     "What a pickle holds, if that is tensors and plain values. Runs nothing. Raises UserError for anything else, and with a PyTorch whose protection is known to have a hole."
-    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH: raise UserError(f"{path} is a pickle, and the protection of PyTorch {torch.__version__} against hostile ones has a hole (CVE-2026-24747, mended in 2.10): upgrade, or use safetensors")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise UserError(
+            f"{path} is a pickle, and the protection of PyTorch {torch.__version__} against "
+            f"hostile ones has a hole (CVE-2026-24747, mended in 2.10): upgrade, or use safetensors")
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         asked = re.findall(r"(?:GLOBAL|global|class|function) ['`]?([\w.]+\.[\w.]+)", str(e))
-        if not asked: raise UserError(f"{path} is damaged, or torch.save did not write it: copy it again") from None
-        raise UserError(f"{path} asks for more than tensors ({', '.join(dict.fromkeys(asked))}) and was not opened: a pickle can run any code; {CONVERT}") from None
-    except Exception as e: raise UserError(f"{path} is damaged or cut off ({type(e).__name__}: {str(e)[:100].splitlines()[0] if str(e) else ''}): copy it again") from None # what broken bytes raise can't be foreseen
+        if not asked:
+            raise UserError(
+                f"{path} is damaged, or torch.save did not write it: copy it again") from None
+        raise UserError(
+            f"{path} asks for more than tensors ({', '.join(dict.fromkeys(asked))}) and was not "
+            f"opened: a pickle can run any code; {CONVERT}") from None
+    # what broken bytes raise can't be foreseen
+    except Exception as e:
+        raise UserError(
+            f"{path} is damaged or cut off ({type(e).__name__}: "
+            f"{str(e)[:100].splitlines()[0] if str(e) else ''}): copy it again") from None
 
 # %% ../nbs/86_sources.ipynb #21f00515
 def kind_of(
@@ -57,10 +68,12 @@ def kind_of(
             with zipfile.ZipFile(path) as z: names = z.namelist()
         except Exception: return "a zip archive that is damaged or was cut off: copy it again"
         inside = {name.split("/", 1)[-1] for name in names}
-        if any(name.startswith("code/") for name in inside) or "constants.pkl" in inside: return "torchscript"
+        if any(name.startswith("code/") for name in inside) or "constants.pkl" in inside:
+            return "torchscript"
         return "pickle" if "data.pkl" in inside else f"a zip archive with {names[0] if names else 'nothing'} in it"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1e9: return "safetensors"
-    if head.startswith(b"version https://git-lfs"): return "a pointer of git-lfs, and not the file: run `git lfs pull`"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, and not the file: run `git lfs pull`"
     if head.lstrip()[:1] == b"<": return "a web page: was the download refused?"
     if head.startswith(b"\x89HDF"): return "HDF5, as TensorFlow writes it"
     if tarfile.is_tarfile(path): return "a tar archive: unpack it first"
@@ -75,15 +88,33 @@ class Release:
     repo:str   # on the Hugging Face hub, in open_clip's layout
 
 RELEASES = {
-    "RN50":           Release("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "timm/resnet50_clip.openai"),
-    "RN101":          Release("RN101.pt", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "timm/resnet101_clip.openai"),
-    "RN50x4":         Release("RN50x4.pt", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "timm/resnet50x4_clip.openai"),
-    "RN50x16":        Release("RN50x16.pt", "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "timm/resnet50x16_clip.openai"),
-    "RN50x64":        Release("RN50x64.pt", "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "timm/resnet50x64_clip.openai"),
-    "ViT-B/32":       Release("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "timm/vit_base_patch32_clip_224.openai"),
-    "ViT-B/16":       Release("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "timm/vit_base_patch16_clip_224.openai"),
-    "ViT-L/14":       Release("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "timm/vit_large_patch14_clip_224.openai"),
-    "ViT-L/14@336px": Release("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "timm/vit_large_patch14_clip_336.openai"),
+    "RN50":           Release("RN50.pt",
+                              "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+                              "timm/resnet50_clip.openai"),
+    "RN101":          Release("RN101.pt",
+                              "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+                              "timm/resnet101_clip.openai"),
+    "RN50x4":         Release("RN50x4.pt",
+                              "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+                              "timm/resnet50x4_clip.openai"),
+    "RN50x16":        Release("RN50x16.pt",
+                              "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+                              "timm/resnet50x16_clip.openai"),
+    "RN50x64":        Release("RN50x64.pt",
+                              "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+                              "timm/resnet50x64_clip.openai"),
+    "ViT-B/32":       Release("ViT-B-32.pt",
+                              "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+                              "timm/vit_base_patch32_clip_224.openai"),
+    "ViT-B/16":       Release("ViT-B-16.pt",
+                              "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                              "timm/vit_base_patch16_clip_224.openai"),
+    "ViT-L/14":       Release("ViT-L-14.pt",
+                              "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+                              "timm/vit_large_patch14_clip_224.openai"),
+    "ViT-L/14@336px": Release("ViT-L-14-336px.pt",
+                              "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+                              "timm/vit_large_patch14_clip_336.openai"),
 }
 
 def sha256(
@@ -119,12 +150,22 @@ def load_torchscript(
 )->dict:        # names -> tensors
     "The state of a scripted model, if it is one of the nine published files, or trusted. Raises UserError."
     content = path.read_bytes() # read once: what is run is what was hashed
-    if not trust and hashlib.sha256(content).hexdigest() not in {r.sha256 for r in RELEASES.values()}:
-        raise UserError(f"{path} is a TorchScript archive, whose code would be compiled and run, and its SHA-256 is none of the nine that OpenAI published: "
-                        "load(name, weights='openai') fetches the released weights as safetensors, and trust_torchscript=True (--trust-torchscript) opens a file whose maker you know")
+    if not trust and hashlib.sha256(content).hexdigest() not in {
+        r.sha256 for r in RELEASES.values()}:
+        raise UserError(
+            f"{path} is a TorchScript archive, whose code would be compiled and run, and its "
+            f"SHA-256 is none of the nine that OpenAI published: "
+                        "load(name, weights='openai') fetches the released weights as safetensors, "
+                        "and trust_torchscript=True (--trust-torchscript) opens a file whose maker "
+                        "you know")
     try:
-        with warnings.catch_warnings(action="ignore"): return dict(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()) # it warns that the format is deprecated
-    except Exception as e: raise UserError(f"{path} is no whole TorchScript archive ({type(e).__name__}: {str(e)[:100].splitlines()[0] if str(e) else ''}): copy it again") from None
+        # it warns that the format is deprecated
+        with warnings.catch_warnings(action="ignore"):
+            return dict(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict())
+    except Exception as e:
+        raise UserError(
+            f"{path} is no whole TorchScript archive ({type(e).__name__}: "
+            f"{str(e)[:100].splitlines()[0] if str(e) else ''}): copy it again") from None
 
 # %% ../nbs/86_sources.ipynb #9b7d26b6
 def read_tensors(
@@ -136,19 +177,32 @@ def read_tensors(
     kind = kind_of(path)
     if kind == "safetensors":
         try: return load_file(path)
-        except (OSError, SafetensorError) as e: raise UserError(f"{path} is damaged or cut off ({e}): copy it again") from None
-    if kind not in ("pickle", "torchscript"): raise UserError(f"{path} holds no weights: it is {kind}")
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{path} is damaged or cut off ({e}): copy it again") from None
+    if kind not in ("pickle", "torchscript"):
+        raise UserError(f"{path} holds no weights: it is {kind}")
     if kind == "torchscript" or zipfile.is_zipfile(path): check_crc(path)
-    found = load_torchscript(path, trust_torchscript) if kind == "torchscript" else load_pickle(path)
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict): found = found["state_dict"]
-    tensors = {k:v for k,v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
-    if not tensors: raise UserError(f"{path} can be read, and holds no tensors by name: {type(found).__name__}{f' of {list(found)[:5]}' if isinstance(found, dict) else ''}")
-    odd = next((k for k,v in tensors.items() if v.layout is not torch.strided or v.device.type != "cpu" or v.is_complex() or v.is_quantized), None)
-    if odd: raise UserError(f"{path}: {odd} is {'quantised' if tensors[odd].is_quantized else tensors[odd].layout if tensors[odd].layout is not torch.strided else tensors[odd].dtype if tensors[odd].is_complex() else 'a tensor without numbers'}, and weights are plain numbers")
+    found = load_torchscript(path,
+                             trust_torchscript) if kind == "torchscript" else load_pickle(path)
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    tensors = {k:v for k,v in found.items() if isinstance(k, str)
+               and isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
+    if not tensors:
+        raise UserError(
+            f"{path} can be read, and holds no tensors by name: "
+            f"{type(found).__name__}{f' of {list(found)[:5]}' if isinstance(found, dict) else ''}")
+    odd = next((k for k,v in tensors.items() if v.layout is not torch.strided
+                or v.device.type != "cpu" or v.is_complex() or v.is_quantized), None)
+    if odd:
+        raise UserError(
+            f"{path}: {odd} is {'quantised' if tensors[odd].is_quantized else tensors[odd].layout if tensors[odd].layout is not torch.strided else tensors[odd].dtype if tensors[odd].is_complex() else 'a tensor without numbers'}, and weights are plain numbers")
     return tensors
 
 # %% ../nbs/86_sources.ipynb #97692988
-WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin") # the first that is there
+# the first that is there
+WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json",
+                "open_clip_pytorch_model.bin", "pytorch_model.bin")
 
 def read_json(
     path:Path, # of a file
@@ -156,8 +210,10 @@ def read_json(
     "A JSON object. Raises UserError for a file that holds something else."
     if not path.is_file(): return None
     try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: raise UserError(f"{path} can't be read as JSON: {e}") from None
-    if not isinstance(found, dict): raise UserError(f"{path} holds {type(found).__name__} and no JSON object")
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} can't be read as JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {type(found).__name__} and no JSON object")
     return found
 
 def read_folder(
@@ -166,12 +222,19 @@ def read_folder(
 )->dict:                          # name -> tensor
     "The weights in a folder of open_clip or transformers. Raises UserError where there are none, or where a part is missing."
     path = next((folder/name for name in WEIGHT_FILES if (folder/name).is_file()), None)
-    if path is None: raise UserError(f"no weights in {folder}: expected one of {', '.join(WEIGHT_FILES)}")
+    if path is None:
+        raise UserError(f"no weights in {folder}: expected one of {', '.join(WEIGHT_FILES)}")
     if path.suffix != ".json": return read_tensors(path, trust_torchscript)
     parts,found = (read_json(path) or {}).get("weight_map"),{}
-    if not isinstance(parts, dict) or not all(isinstance(v, str) and v == Path(v).name for v in parts.values()): raise UserError(f"{path} has no 'weight_map' from names of weights to names of files beside it")
-    for name in progress(sorted(set(parts.values())), desc="weights"): found |= read_tensors(folder/name)
-    if lost := [k for k in parts if k not in found]: raise UserError(f"{path} promises {lost[0]} and {len(lost)-1} more that are in none of its files")
+    if not isinstance(parts, dict) or not all(isinstance(v, str) and v == Path(v).name
+                                              for v in parts.values()):
+        raise UserError(
+            f"{path} has no 'weight_map' from names of weights to names of files beside it")
+    for name in progress(sorted(set(parts.values())), desc="weights"):
+        found |= read_tensors(folder/name)
+    if lost := [k for k in parts if k not in found]:
+        raise UserError(
+            f"{path} promises {lost[0]} and {len(lost)-1} more that are in none of its files")
     return found
 
 # %% ../nbs/86_sources.ipynb #1ce86252
@@ -183,17 +246,26 @@ def fetch(
 )->Path:                # a folder in huggingface_hub's cache
     "Download a model: one file of weights (or the parts of one), configuration and tokenizer. Raises UserError where the network or the repository is missing."
     try:
-        hub = import_module("huggingface_hub") # here, as most uses of this module never ask the network
+        # here, as most uses of this module never ask the network
+        hub = import_module("huggingface_hub")
         if only: return Path(hub.snapshot_download(repo, allow_patterns=[only]))
         try: names = hub.HfApi().list_repo_files(repo)
-        except hub.utils.HfHubHTTPError: raise # the hub answered: no such repository, or not for you
-        except Exception: return Path(hub.snapshot_download(repo, local_files_only=True)) # no network: perhaps an earlier call left a copy
+        # the hub answered: no such repository, or not for you
+        except hub.utils.HfHubHTTPError: raise
+        # no network: perhaps an earlier call left a copy
+        except Exception: return Path(hub.snapshot_download(repo, local_files_only=True))
         best = next((name for name in WEIGHT_FILES if name in names), None)
-        if best is None: raise UserError(f"the repository {repo} has none of {', '.join(WEIGHT_FILES)}")
-        parts = [name for name in names if name.endswith(".safetensors") and name not in WEIGHT_FILES] if best.endswith("index.json") else []
-        return Path(hub.snapshot_download(repo, allow_patterns=[best, *parts, "*.json", "merges.txt"]))
+        if best is None:
+            raise UserError(f"the repository {repo} has none of {', '.join(WEIGHT_FILES)}")
+        parts = [name for name in names if name.endswith(".safetensors")
+                 and name not in WEIGHT_FILES] if best.endswith("index.json") else []
+        return Path(hub.snapshot_download(repo,
+                                          allow_patterns=[best, *parts, "*.json", "merges.txt"]))
     except UserError: raise
-    except Exception as e: raise UserError(f"{repo} could not be had from the Hugging Face hub ({type(e).__name__}): is there a network, and is the name right? With the file on this machine, pass weights=PATH") from None
+    except Exception as e:
+        raise UserError(
+            f"{repo} could not be had from the Hugging Face hub ({type(e).__name__}): is there a "
+            f"network, and is the name right? With the file on this machine, pass weights=PATH") from None
 
 # %% ../nbs/86_sources.ipynb #1a14fdd2
 MERGES_NAME = "bpe_simple_vocab_16e6.txt.gz"
@@ -203,11 +275,17 @@ def find_merges(
     download:bool=False,     # from the hub, where they are nowhere else
 )->Path:                     # gzipped, as OpenAI published them, or transformers' merges.txt
     "The released merges: at a path, in CLIP_NBDEV_MERGES, in an installed open_clip, on the hub. Raises UserError that says how to get them."
-    for told,where in ((path, ""), (os.environ.get("CLIP_NBDEV_MERGES"), " (from CLIP_NBDEV_MERGES)")):
+    for told,where in ((path, ""),
+                       (os.environ.get("CLIP_NBDEV_MERGES"), " (from CLIP_NBDEV_MERGES)")):
         if not told: continue
         if Path(told).is_file(): return Path(told)
         raise UserError(f"no merges file {told}{where}")
     spec = find_spec("open_clip") # found, not imported
-    if spec and spec.origin and (inside := Path(spec.origin).parent/MERGES_NAME).is_file(): return inside
-    if download: return fetch("openai/clip-vit-base-patch32", only="merges.txt")/"merges.txt" # half a megabyte
-    raise UserError(f"the released vocabulary is not on this machine: set CLIP_NBDEV_MERGES to {MERGES_NAME} (folder clip of github.com/openai/CLIP), or `pip install open_clip_torch`, which has a copy")
+    if spec and spec.origin and (inside := Path(spec.origin).parent/MERGES_NAME).is_file():
+        return inside
+    # half a megabyte
+    if download: return fetch("openai/clip-vit-base-patch32", only="merges.txt")/"merges.txt"
+    raise UserError(
+        f"the released vocabulary is not on this machine: set CLIP_NBDEV_MERGES to {MERGES_NAME} "
+        f"(folder clip of github.com/openai/CLIP), or `pip install open_clip_torch`, which has a "
+        f"copy")

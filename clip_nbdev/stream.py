@@ -26,8 +26,11 @@ def to_rgb(
     img:Image.Image, # any mode
 )->Image.Image:      # RGB
     "Any image as RGB. Sixteen bits a pixel are scaled to eight: Pillow would cut them off, and nearly all would be white."
-    if img.mode.startswith("I"): img = Image.fromarray((np.asarray(img).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if isinstance(img.info.get("transparency"), bytes): img = img.convert("RGBA") # the same colours, without Pillow's warning
+    if img.mode.startswith("I"):
+        img = Image.fromarray(
+            (np.asarray(img).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    # the same colours, without Pillow's warning
+    if isinstance(img.info.get("transparency"), bytes): img = img.convert("RGBA")
     return img.convert("RGB")
 
 # %% ../nbs/82_stream.ipynb #d5aa2c4f
@@ -53,7 +56,9 @@ def check_used(
     used,broken,empty = counts.tolist()[:3]
     if used: return
     said = why[0] if why else "" if broken or empty else "; there are fewer pairs than workers times processes"
-    raise UserError(f"no usable pair in part {part+1} of {n_parts} of the data: broken images: {broken}, without caption: {empty}{said}")
+    raise UserError(
+        f"no usable pair in part {part+1} of {n_parts} of the data: broken images: {broken}, without caption: "
+        f"{empty}{said}")
 
 # %% ../nbs/82_stream.ipynb #55e8000c
 class PairStream(IterableDataset):
@@ -65,7 +70,8 @@ class PairStream(IterableDataset):
         world:int=1, # number of processes
     ):
         self.pairs,self.transform,self.rank,self.world = pairs,transform,rank,world
-        self.tallies = torch.zeros(256, 3, dtype=torch.long).share_memory_() # a row for each worker: none writes into another's
+        # a row for each worker: none writes into another's
+        self.tallies = torch.zeros(256, 3, dtype=torch.long).share_memory_()
 
     @property
     def counts(self)->Tensor: return self.tallies.sum(0) # used, broken, empty; of all workers
@@ -95,7 +101,8 @@ def pair_loader(
     n_workers:int=0,   # processes that decode; 0 decodes in this one
 )->DataLoader:         # of (images, captions)
     "Batches for evaluation, the last one smaller."
-    return DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+    return DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available())
 
 # %% ../nbs/82_stream.ipynb #f2897b14
 def fingerprint(
@@ -132,7 +139,8 @@ def passes(
     "Pass after pass over a part of the pairs, each in a new order. Raises UserError where a whole pass gives nothing."
     for epoch in count(place["epoch"]):
         before,why,start = place["tally"].clone(),[],place["next"]
-        for i,(name,open_image,captions) in enumerate(pairs.samples(part, n_parts, f"{seed} {epoch}")):
+        for i,(name,open_image,
+               captions) in enumerate(pairs.samples(part, n_parts, f"{seed} {epoch}")):
             if i < start: continue # done before
             place |= dict(epoch=epoch, next=i+1)
             if not captions: place["tally"][2] += 1; continue
@@ -165,17 +173,21 @@ def check_shards(
     world:int,     # processes
 ):
     "Raise UserError where there are fewer shards than readers: several would read the same file from its beginning."
-    need,found = max(1, n_workers)*world,len(pairs.shards) if isinstance(pairs, ShardPairs) else None
+    need,found = max(1,
+                     n_workers)*world,len(pairs.shards) if isinstance(pairs, ShardPairs) else None
     if found is None or found >= need: return
     mend = f"lower --workers to {found//world}" if found >= world else f"start at most {found} processes, or split the shards"
-    raise UserError(f"{max(1, n_workers)} workers x {world} processes need at least {need} shards, found {found}: {mend}")
+    raise UserError(
+        f"{max(1, n_workers)} workers x {world} processes need at least {need} shards, found "
+        f"{found}: {mend}")
 
 # %% ../nbs/82_stream.ipynb #764bb7bd
 def one_line(
     error:Exception, # raised here or in a process that reads data
 )->str:
     "What a mistake is told as: the message alone, without the traceback that a reader process wraps around it."
-    lines = [line.split("UserError: ", 1)[-1] for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line.split("UserError: ", 1)[-1] for line in str(error).strip().splitlines()
+             if line.strip()]
     return lines[-1] if "Traceback" in str(error) else " ".join(lines)
 
 def said_once(
@@ -212,35 +224,46 @@ class TrainStream(IterableDataset):
     ):
         check_shards(pairs, n_workers, world)
         self.pairs,self.transform,self.batch_size,self.seed,self.rank,self.world,self.n_workers = pairs,transform,batch_size,seed,rank,world,n_workers
-        self.places,self.n_given = {},0 # where each reader stands after the last batch that was taken from it
+        # where each reader stands after the last batch that was taken from it
+        self.places,self.n_given = {},0
 
     @property
     def counts(self)->Tensor: # used, broken, empty, put off, repeated all the same; of all readers, up to the last batch taken
-        return sum((place["tally"] for place in self.places.values()), torch.zeros(5, dtype=torch.long))
+        return sum((place["tally"] for place in self.places.values()),
+                   torch.zeros(5, dtype=torch.long))
 
     def __iter__(self): # yields (images, captions, reader, place)
         worker,n_readers = get_worker_info(),max(1, self.n_workers)
-        reader = ((worker.id if worker else 0) + self.n_given) % n_readers # the turns go on where they stopped
+        # the turns go on where they stopped
+        reader = ((worker.id if worker else 0) + self.n_given) % n_readers
         place = self.places.get(reader, first_place())
         place = place | dict(tally=place["tally"].clone())
-        fresh = passes(self.pairs, self.rank*n_readers + reader, self.world*n_readers, self.seed, self.transform, place)
+        fresh = passes(self.pairs, self.rank*n_readers + reader, self.world*n_readers, self.seed,
+                       self.transform, place)
         while True:
             batch = draw_batch(fresh, place, self.batch_size)
-            yield *collate([sample[1:] for sample in batch]), reader, place | dict(tally=place["tally"].clone())
+            yield *collate([sample[1:] for sample in batch]), reader, place | dict(
+                tally=place["tally"].clone())
 
     def batches(self)->Iterator[tuple[Tensor, list[str]]]: # (B, 3, H, W) uint8, B captions
         "The batches, noting the place of each as it is taken. The loader's own draws don't touch torch's generator."
-        loader = DataLoader(self, None, num_workers=self.n_workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+        loader = DataLoader(self, None, num_workers=self.n_workers,
+                            pin_memory=torch.cuda.is_available(), generator=torch.Generator())
         for images,captions,reader,place in said_once(loader):
             self.places[reader],self.n_given = place,self.n_given+1
             yield images, captions
 
-    def state_dict(self)->dict: return dict(places=dict(self.places), n_given=self.n_given, n_workers=self.n_workers, world=self.world)
+    def state_dict(self)->dict:
+        return dict(places=dict(self.places), n_given=self.n_given, n_workers=self.n_workers,
+                    world=self.world)
 
     def load_state_dict(self, state:dict):
         "Take up a place. Raises UserError where the readers are others."
         for name,option in (("n_workers", "--workers"), ("world", "processes")):
-            if state[name] != getattr(self, name): raise UserError(f"the run that is resumed had {option} {state[name]}, now {getattr(self, name)}: start it as it was")
+            if state[name] != getattr(self, name):
+                raise UserError(
+                    f"the run that is resumed had {option} {state[name]}, now "
+                    f"{getattr(self, name)}: start it as it was")
         self.places,self.n_given = dict(state["places"]),state["n_given"]
 
 

@@ -19,7 +19,8 @@ def eos_position(
 )->Tensor:         # (B,) index of the first [EOS]
     "Where each text ends. Raises ValueError for a text without [EOS]."
     is_eos = tokens == eos_id
-    if not is_eos.any(1).all(): raise ValueError(f"a text has no [EOS] (id {eos_id}): was it made by another tokenizer?")
+    if not is_eos.any(1).all():
+        raise ValueError(f"a text has no [EOS] (id {eos_id}): was it made by another tokenizer?")
     return is_eos.int().argmax(1)
 
 # %% ../nbs/12_text.ipynb #3a5405e7
@@ -49,7 +50,9 @@ class TextTransformer(nn.Module):
         self.transformer = Transformer(width, n_layers, n_heads, causal=True, act=act)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
-        for p,std in ((self.token_embedding.weight, 0.02), (self.positional_embedding, 0.01), (self.text_projection, width**-0.5)): nn.init.normal_(p, std=std)
+        for p,std in ((self.token_embedding.weight, 0.02), (self.positional_embedding, 0.01),
+                      (self.text_projection, width**-0.5)):
+            nn.init.normal_(p, std=std)
 
     def embed(self, tokens:Tensor)->Tensor: # (B, L) ids -> (B, L, D)
         "Token and position embeddings, added."
@@ -67,11 +70,15 @@ class TextTransformer(nn.Module):
         n_slices:int=4,  # the batch is run in so many slices of like length; 1 runs it whole
     )->Tensor:           # (B, E)
         if tokens.ndim != 2 or tokens.shape[1] > self.ctx_len:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be (B, L), L at most ctx_len {self.ctx_len}")
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} must be (B, L), L at most ctx_len "
+                f"{self.ctx_len}")
         end = eos_position(tokens, self.eos_id)
-        if len(tokens) < 16*n_slices: n_slices = 1 # small slices cost more in launches than they save
+        # small slices cost more in launches than they save
+        if len(tokens) < 16*n_slices: n_slices = 1
         slices = length_slices(end, n_slices)
-        emb = torch.cat([self.read(tokens[rows, :int(end[rows].max())+1], end[rows]) for rows in slices])
+        emb = torch.cat([self.read(tokens[rows, :int(end[rows].max())+1], end[rows])
+                         for rows in slices])
         return emb[torch.cat(slices).argsort()]
 
 # %% ../nbs/12_text.ipynb #0e167a1b
@@ -83,7 +90,8 @@ def lm_loss(
     end = eos_position(tokens, tower.eos_id)
     tokens = tokens[:, :int(end.max())+1]
     states = tower.ln_final(tower.transformer(tower.embed(tokens)))[:,:-1]
-    known = torch.arange(states.shape[1], device=tokens.device) < end[:,None] # positions whose next token belongs to the text
+    # positions whose next token belongs to the text
+    known = torch.arange(states.shape[1], device=tokens.device) < end[:,None]
     return F.cross_entropy(states[known] @ tower.token_embedding.weight.T, tokens[:,1:][known])
 
 # %% ../nbs/12_text.ipynb #4d865bce
@@ -99,7 +107,8 @@ class BagOfWords(nn.Module):
         super().__init__()
         self.ctx_len,self.eos_id = ctx_len,vocab_size-1
         self.token_embedding = nn.Embedding(vocab_size, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4*width), act(), nn.Linear(4*width, width))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4*width), act(),
+                                 nn.Linear(4*width, width))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -29,7 +29,8 @@ from .core import UserError, progress
 @lru_cache
 def byte_chars()->dict[int, str]: # 256 entries, in the order of their token ids
     "A printable character for each byte: printable Latin-1 stands for itself, the other 68 bytes move up past 255."
-    shown = [*range(ord("!"), ord("~")+1), *range(ord("¡"), ord("¬")+1), *range(ord("®"), ord("ÿ")+1)]
+    shown = [*range(ord("!"), ord("~")+1), *range(ord("¡"), ord("¬")+1),
+             *range(ord("®"), ord("ÿ")+1)]
     hidden = [b for b in range(256) if b not in shown]
     return {b:chr(b) for b in shown} | {b:chr(256+i) for i,b in enumerate(hidden)}
 
@@ -41,8 +42,10 @@ def clean(
     text:str, # any text
 )->str:       # lower case, single spaces
     "CLIP's cleaning: mend broken Unicode, undo HTML entities (twice: the web escapes twice), fold white space, lower-case. Raises UserError for what is no string."
-    if not isinstance(text, str): raise UserError(f"a text must be a string, and this is {type(text).__name__}: {text!r:.60}")
-    plain = text.isascii() and text.isprintable() and "&" not in text # nothing that ftfy or unescape would touch
+    if not isinstance(text, str):
+        raise UserError(f"a text must be a string, and this is {type(text).__name__}: {text!r:.60}")
+    # nothing that ftfy or unescape would touch
+    plain = text.isascii() and text.isprintable() and "&" not in text
     if not plain: text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
@@ -148,7 +151,10 @@ def decode_pieces(
     bytes_of = {c:b for b,c in byte_chars().items()}
     out = bytearray()
     for i in ids:
-        if not 0 <= i <= eos_id: raise UserError(f"id {i} is outside this vocabulary of {len(vocab)}: was it made by another tokenizer?")
+        if not 0 <= i <= eos_id:
+            raise UserError(
+                f"id {i} is outside this vocabulary of {len(vocab)}: was it made by another "
+                f"tokenizer?")
         if i == sos_id: continue
         piece = vocab[i]
         out += bytes(bytes_of[c] for c in piece.removesuffix(END)) + b" "*piece.endswith(END)
@@ -159,14 +165,18 @@ def rust_tokenizer(
     bpe:BPE, # vocabulary and merges
 )->tokenizers.Tokenizer: # takes cleaned text, adds no special tokens
     "The same tokenizer, run by the `tokenizers` library."
-    rust = tokenizers.Tokenizer(models.BPE(vocab=dict(bpe.ids), merges=list(bpe.merges), end_of_word_suffix=END))
-    rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS.pattern), "removed", invert=True),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    rust = tokenizers.Tokenizer(models.BPE(vocab=dict(bpe.ids), merges=list(bpe.merges),
+                                           end_of_word_suffix=END))
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS.pattern), "removed", invert=True),
+                                                  pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False)])
     return rust
 
 # %% ../nbs/10_tokenizer.ipynb #07330144
 N_OPENAI_MERGES = 49152 - 256 - 2
-OPENAI_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a" # of these lines: wrong merges give ids too, and nobody notices
+# of these lines: wrong merges give ids too, and nobody notices
+OPENAI_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 
 def read_openai_merges(
     path:str|Path, # bpe_simple_vocab_16e6.txt.gz, or the merges.txt of transformers, which has the same lines
@@ -175,10 +185,15 @@ def read_openai_merges(
     path,what = Path(path),"clip/bpe_simple_vocab_16e6.txt.gz of openai/CLIP"
     if not path.is_file(): raise UserError(f"no merges file {path}: it is {what}")
     raw = path.read_bytes()
-    try: lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" or path.suffix == ".gz" else raw).decode("utf-8").split("\n")[1:N_OPENAI_MERGES+1]
-    except (OSError, EOFError, UnicodeDecodeError): raise UserError(f"{path} is not text, gzipped or plain: expected {what}") from None
+    try:
+        lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" or path.suffix == ".gz"
+                 else raw).decode("utf-8").split("\n")[1:N_OPENAI_MERGES+1]
+    except (OSError, EOFError, UnicodeDecodeError):
+        raise UserError(f"{path} is not text, gzipped or plain: expected {what}") from None
     merges = [tuple(line.split()) for line in lines]
-    if hashlib.sha256("\n".join(lines).encode()).hexdigest() != OPENAI_MERGES_SHA256: raise UserError(f"{path} does not begin with the {N_OPENAI_MERGES:,} released merges: expected {what}")
+    if hashlib.sha256("\n".join(lines).encode()).hexdigest() != OPENAI_MERGES_SHA256:
+        raise UserError(
+            f"{path} does not begin with the {N_OPENAI_MERGES:,} released merges: expected {what}")
     return merges
 
 # %% ../nbs/10_tokenizer.ipynb #af0f71c0
@@ -190,13 +205,19 @@ def save_tokenizer(
     "Write the files that transformers' PreTrainedTokenizerFast reads, and so open_clip."
     folder,rust = Path(folder),rust_tokenizer(bpe)
     folder.mkdir(parents=True, exist_ok=True)
-    rust.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    rust.post_processor = processors.TemplateProcessing(single=f"{SOS} $A {EOS}", special_tokens=[(SOS,bpe.sos_id), (EOS,bpe.eos_id)])
-    rust.decoder = decoders.Sequence([decoders.Replace(END, byte_chars()[ord(" ")]), decoders.ByteLevel()])
+    rust.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    rust.post_processor = processors.TemplateProcessing(single=f"{SOS} $A {EOS}",
+                                                        special_tokens=[
+        (SOS,bpe.sos_id), (EOS,bpe.eos_id)])
+    rust.decoder = decoders.Sequence([decoders.Replace(END, byte_chars()[ord(" ")]),
+                                      decoders.ByteLevel()])
     rust.add_special_tokens([SOS, EOS])
     rust.save(str(folder/"tokenizer.json"))
-    about = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=SOS, eos_token=EOS, pad_token=EOS, unk_token=EOS,
-                 model_max_length=ctx_len, clean_up_tokenization_spaces=False, split_special_tokens=True)
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=SOS, eos_token=EOS,
+                 pad_token=EOS, unk_token=EOS,
+                 model_max_length=ctx_len, clean_up_tokenization_spaces=False,
+                 split_special_tokens=True)
     (folder/"tokenizer_config.json").write_text(json.dumps(about, indent=1)+"\n", encoding="utf-8")
 
 # %% ../nbs/10_tokenizer.ipynb #7ac9a1c2
@@ -209,9 +230,14 @@ def read_tokenizer(
     for path in files:
         if not path.is_file(): raise UserError(f"no {path}: this folder was not written by a run")
     saved,about = (json.loads(path.read_text(encoding="utf-8")) for path in files)
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in saved["model"].get("merges", ())]
-    if BPE(merges).ids != saved["model"]["vocab"]: raise UserError(f"{files[0]} is not a CLIP tokenizer: its ids are not bytes, then merges, then [SOS] and [EOS]")
-    length = about["model_max_length"] if ctx_len is None else about.get("model_max_length") or ctx_len
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
+              for m in saved["model"].get("merges", ())]
+    if BPE(merges).ids != saved["model"]["vocab"]:
+        raise UserError(
+            f"{files[0]} is not a CLIP tokenizer: its ids are not bytes, then merges, then [SOS] "
+            f"and [EOS]")
+    length = about["model_max_length"] if ctx_len is None else about.get(
+        "model_max_length") or ctx_len
     return merges, length if ctx_len is None else min(length, ctx_len)
 
 # %% ../nbs/10_tokenizer.ipynb #c32114f8
@@ -229,7 +255,10 @@ class BPETokenizer(BPE):
     @classmethod
     def train(cls, texts, vocab_size:int, ctx_len:int=77)->"BPETokenizer":
         "Learn at most `vocab_size` tokens from captions, 514 of which are bytes, [SOS] and [EOS]. Raises UserError where no room is left for merges."
-        if vocab_size < 515: raise UserError(f"vocab_size {vocab_size} leaves no room: 512 byte symbols, [SOS] and [EOS] come first")
+        if vocab_size < 515:
+            raise UserError(
+                f"vocab_size {vocab_size} leaves no room: 512 byte symbols, [SOS] and [EOS] come "
+                f"first")
         return cls(learn_merges(texts, vocab_size-514), ctx_len)
 
     @classmethod
@@ -242,7 +271,10 @@ class BPETokenizer(BPE):
         "Read what `save` wrote. Raises UserError where there is nothing, or something else."
         try: return cls(*read_tokenizer(folder, ctx_len))
         except UserError: raise
-        except Exception as e: raise UserError(f"the tokenizer in {folder} can't be read: {type(e).__name__}: {e}") from None # what broken JSON holds can't be foreseen
+        # what broken JSON holds can't be foreseen
+        except Exception as e:
+            raise UserError(
+                f"the tokenizer in {folder} can't be read: {type(e).__name__}: {e}") from None
 
     def save(self, folder:str|Path):
         "Write tokenizer.json and tokenizer_config.json, for `load`, transformers and open_clip."
@@ -256,14 +288,18 @@ class BPETokenizer(BPE):
         "Texts to ids. Raises UserError for a text that does not fit, with what would be cut."
         texts = [texts] if isinstance(texts, str) else list(texts)
         encoded = self.fast.encode_batch([clean(t) for t in texts], add_special_tokens=False)
-        return fill_rows(self, texts, [e.ids for e in encoded], check_ctx_len(self.ctx_len if ctx_len is None else ctx_len), truncate)
+        return fill_rows(self, texts, [e.ids for e in encoded],
+                         check_ctx_len(self.ctx_len if ctx_len is None else ctx_len), truncate)
 
 # %% ../nbs/10_tokenizer.ipynb #ae98d5e5
 def check_ctx_len(
     ctx_len:int, # asked for
 )->int:
     "The same number. Raises UserError where no text fits between [SOS] and [EOS]."
-    if ctx_len < 3: raise UserError(f"ctx_len {ctx_len} has no room for a text: [SOS] and [EOS] take two tokens, so at least 3")
+    if ctx_len < 3:
+        raise UserError(
+            f"ctx_len {ctx_len} has no room for a text: [SOS] and [EOS] take two tokens, so at "
+            f"least 3")
     return ctx_len
 
 def fill_rows(
@@ -277,8 +313,11 @@ def fill_rows(
     out,room = torch.zeros(len(texts), ctx_len, dtype=torch.long),ctx_len-2
     for row,text,ids in zip(out, texts, encoded):
         if len(ids) > room and not truncate:
-            raise UserError(f"a text has {len(ids)+2} tokens with [SOS] and [EOS], and the context length is {ctx_len}: "
-                            f"{bpe.decode(ids[room:room+12])!r} would be cut from {text[:60]!r}; shorten it or pass truncate=True")
+            raise UserError(
+                f"a text has {len(ids)+2} tokens with [SOS] and [EOS], and the context length is "
+                f"{ctx_len}: "
+                            f"{bpe.decode(ids[room:room+12])!r} would be cut from {text[:60]!r}; "
+                            f"shorten it or pass truncate=True")
         ids = [bpe.sos_id, *ids[:room], bpe.eos_id]
         row[:len(ids)] = torch.tensor(ids)
     return out

@@ -66,7 +66,8 @@ def glyph_source(
 )->Source:
     "Glyphs drawn on the spot, by each process with a seed of its own."
     splits = ("train",) if cfg.hold_out_val else ("train","val")
-    make = partial(ScenePairs, splits=splits, extra_fonts=cfg.extra_fonts, scenes=cfg.scenes, variants=cfg.variants)
+    make = partial(ScenePairs, splits=splits, extra_fonts=cfg.extra_fonts, scenes=cfg.scenes,
+                   variants=cfg.variants)
     pairs,speaker = make(img_size, seed=cfg.seed*1000 + rank),make(32, seed=cfg.seed)
     texts = [c for _ in range(20) for c in speaker.batch(500)[1]]
     return Source(iter(lambda: pairs.batch(cfg.batch_size), None), texts, None, pairs)
@@ -79,19 +80,26 @@ def file_source(
 )->Source:
     "Files or shards, each process its share. Raises UserError."
     pairs = open_pairs(cfg.data, cfg.image_col, cfg.caption_col)
-    stream = TrainStream(pairs, image_transform(img_size, True, cfg.crop_scale, normalized=False), cfg.batch_size, cfg.seed, rank, world, cfg.workers)
+    stream = TrainStream(pairs, image_transform(img_size, True, cfg.crop_scale, normalized=False),
+                         cfg.batch_size, cfg.seed, rank, world, cfg.workers)
     n_pairs = len(pairs)
     if n_pairs < cfg.batch_size*world:
         mend = "lower --batch-size" if n_pairs >= 2*world else "a pair needs others to be contrasted with"
-        raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: {mend}")
-    if cfg.merges or cfg.init: return Source(stream.batches(), [], n_pairs, stream) # the vocabulary is there
-    texts = list(islice((c for _,_,captions in progress(pairs.samples(), n_pairs, "reading captions") for c in captions), 100_000))
+        raise UserError(
+            f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {cfg.batch_size*world}: "
+            f"{mend}")
+    # the vocabulary is there
+    if cfg.merges or cfg.init: return Source(stream.batches(), [], n_pairs, stream)
+    texts = list(
+        islice((c for _,_,captions in progress(pairs.samples(), n_pairs, "reading captions")
+                for c in captions), 100_000))
     if not texts: raise UserError(f"{cfg.data}: not one caption that says something")
     return Source(stream.batches(), texts, n_pairs, stream)
 
 def make_source(cfg:TrainConfig, img_size:int, rank:int, world:int)->Source:
     "Open the training data. Raises UserError."
-    return glyph_source(cfg, img_size, rank) if cfg.data == "glyphs" else file_source(cfg, img_size, rank, world)
+    return glyph_source(cfg, img_size,
+                        rank) if cfg.data == "glyphs" else file_source(cfg, img_size, rank, world)
 
 # %% ../nbs/23_train.ipynb #1cabb4ff
 def build_tokenizer(
@@ -100,7 +108,9 @@ def build_tokenizer(
 )->BPETokenizer:
     "The vocabulary."
     config = PRESETS[cfg.preset]
-    return BPETokenizer.from_openai(cfg.merges, config.ctx_len) if cfg.merges else BPETokenizer.train(texts, config.vocab_size, config.ctx_len)
+    return BPETokenizer.from_openai(cfg.merges,
+                                    config.ctx_len) if cfg.merges else BPETokenizer.train(texts,
+                                    config.vocab_size, config.ctx_len)
 
 def build_model(
     cfg:TrainConfig,  # options
@@ -108,16 +118,26 @@ def build_model(
     start:CLIP|None,  # a model to begin with, for example of --init
 )->CLIP:              # in training mode
     "A new model, or the one to begin with at the resolution that is asked for. Raises UserError where it does not suit the loss."
-    if start is not None: model = start if cfg.img_size in (None, start.config.img_size) else with_img_size(start, cfg.img_size)
+    if start is not None:
+        model = start if cfg.img_size in (None,
+                                          start.config.img_size) else with_img_size(start,
+                                          cfg.img_size)
     else:
         sizes = dict(img_size=cfg.img_size) if cfg.img_size else {}
-        model = create_model(cfg.preset, vocab_size=vocab_size, text_tower=cfg.text_tower, logit_bias=-10. if cfg.loss == "siglip" else None, **sizes)
-    if (model.config.logit_bias is not None) != (cfg.loss == "siglip"): raise UserError(f"--loss {cfg.loss} does not suit a model that was trained with the other one")
+        model = create_model(cfg.preset, vocab_size=vocab_size, text_tower=cfg.text_tower,
+                             logit_bias=-10. if cfg.loss == "siglip" else None, **sizes)
+    if (model.config.logit_bias is not None) != (cfg.loss == "siglip"):
+        raise UserError(
+            f"--loss {cfg.loss} does not suit a model that was trained with the other one")
     c = model.config
-    if start is not None and c.text_tower != cfg.text_tower: raise UserError(f"the model has a text tower of kind {c.text_tower}: give --text-tower {c.text_tower}")
-    if cfg.init and (c.vision_layers, c.patch_size) != (PRESETS[cfg.preset].vision_layers, PRESETS[cfg.preset].patch_size):
+    if start is not None and c.text_tower != cfg.text_tower:
+        raise UserError(
+            f"the model has a text tower of kind {c.text_tower}: give --text-tower {c.text_tower}")
+    if cfg.init and (c.vision_layers, c.patch_size) != (PRESETS[cfg.preset].vision_layers,
+                                                        PRESETS[cfg.preset].patch_size):
         raise UserError(f"--init {cfg.init} is no {cfg.preset}: leave --preset out")
-    if cfg.freeze_bn and model.config.patch_size: raise UserError("--freeze-bn has nothing to freeze: a vision transformer has no BatchNorm")
+    if cfg.freeze_bn and model.config.patch_size:
+        raise UserError("--freeze-bn has nothing to freeze: a vision transformer has no BatchNorm")
     if cfg.text_weights == "bfloat16": model.text.to(torch.bfloat16)
     if cfg.grad_checkpointing: checkpoint_blocks(model)
     model.train()
@@ -142,7 +162,8 @@ def build_loss(
 ): # of (img_emb, txt_emb, scale), or with a bias behind
     "The loss over the pairs of all processes. Raises UserError for a combination whose gradient is wrong."
     chunk_size = cfg.chunk_size or (1024 if n_global > 8192 else None)
-    return SigLipLoss(chunk_size) if cfg.loss == "siglip" else ClipLoss(cfg.local_loss, cfg.gather_with_grad, chunk_size)
+    return SigLipLoss(chunk_size) if cfg.loss == "siglip" else ClipLoss(
+        cfg.local_loss, cfg.gather_with_grad, chunk_size)
 
 # %% ../nbs/23_train.ipynb #83197b88
 def splittable(model:CLIP):
@@ -159,10 +180,12 @@ def prepare(
     "Make model and optimiser ready for one process or many."
     split = acc.distributed_type == DistributedType.FSDP
     if split and (cfg.lm_weight or "bfloat16" in (cfg.adam_stats, cfg.text_weights)):
-        raise UserError("--lm-weight, --adam-stats bfloat16 and --text-weights bfloat16 do not work with FSDP: leave them out")
+        raise UserError(
+            "--lm-weight, --adam-stats bfloat16 and --text-weights bfloat16 do not work with FSDP: leave them out")
     if split: splittable(model)
     wrapped,optimizer = acc.prepare(model, build_optimizer(cfg, model))
-    for name in ("encode_image", "encode_text") if split else (): register_fsdp_forward_method(wrapped, name) # they gather weights, as `forward` does
+    # they gather weights, as `forward` does
+    for name in ("encode_image", "encode_text") if split else (): register_fsdp_forward_method(wrapped, name)
     return wrapped, optimizer
 
 def whole_model(
@@ -180,7 +203,10 @@ def whole_model(
 def check_tracker(name:str|None):
     "Raise UserError for a tracker that accelerate does not know or that is not installed; accelerate itself would only log nothing."
     there = [tracker.value for tracker in get_available_trackers()]
-    if name and name not in there: raise UserError(f"--tracker {name}: unknown or not installed; installed here: {', '.join(there) or 'none (pip install tensorboard gives one)'}")
+    if name and name not in there:
+        raise UserError(
+            f"--tracker {name}: unknown or not installed; installed here: "
+            f"{', '.join(there) or 'none (pip install tensorboard gives one)'}")
 
 # %% ../nbs/23_train.ipynb #b346ac24
 def make_accelerator(
@@ -190,7 +216,9 @@ def make_accelerator(
     check_tracker(cfg.tracker)
     several_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     AcceleratorState._reset_state() # so that one program can train twice, with different precisions
-    return Accelerator(mixed_precision=cfg.precision, cpu=several_cpus, log_with=cfg.tracker, project_dir=cfg.out/"logs") # unasked, it sees one process where there is no GPU
+    # unasked, it sees one process where there is no GPU
+    return Accelerator(mixed_precision=cfg.precision, cpu=several_cpus, log_with=cfg.tracker,
+                       project_dir=cfg.out/"logs")
 
 def embed(
     trainer,       # set up, of class `Trainer`
@@ -211,7 +239,9 @@ def add_gradients(
     t,cfg,extra = trainer,trainer.cfg,{}
     if cfg.micro_batch:
         no_sync = partial(t.acc.no_sync, t.wrapped)
-        loss,img_emb,txt_emb,scale,*_ = cached_backward(partial(embed, t), t.loss, images, tokens, cfg.micro_batch, t.model, t.acc.backward, no_sync)
+        loss,img_emb,txt_emb,scale,*_ = cached_backward(partial(embed, t), t.loss, images, tokens,
+                                                        cfg.micro_batch, t.model, t.acc.backward,
+                                                        no_sync)
     else:
         img_emb,txt_emb,scale,*_ = out = embed(t, images, tokens)
         loss = total = t.loss(*out)
@@ -219,7 +249,8 @@ def add_gradients(
             with t.acc.autocast(): lm = lm_loss(t.model.text, tokens)
             total,extra = loss + cfg.lm_weight*lm,dict(lm_loss=lm.item())
         t.acc.backward(total)
-    return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()), scale=scale.item()) | extra
+    return dict(loss=loss.item(), accuracy=in_batch_accuracy(img_emb.detach(), txt_emb.detach()),
+                scale=scale.item()) | extra
 
 # %% ../nbs/23_train.ipynb #ab472ed3
 def agree(
@@ -229,7 +260,8 @@ def agree(
     "What all processes go by, so that none goes on alone."
     stop = bool(trainer.signals and trainer.signals.reason)
     if trainer.acc.num_processes == 1: return values, stop
-    *means,stop = trainer.acc.reduce(torch.tensor([*values.values(), stop], device=trainer.acc.device), "mean").tolist()
+    *means,stop = trainer.acc.reduce(torch.tensor([*values.values(), stop],
+                                                  device=trainer.acc.device), "mean").tolist()
     return dict(zip(values, means)), stop > 0
 
 def check_finite(
@@ -240,9 +272,13 @@ def check_finite(
 ):
     "Raise UserError where a number is none any more, before it reaches the weights."
     lost = [k for k,v in values.items() if not math.isfinite(v)]
-    if not lost and precision != "fp16" and norm is not None and not math.isfinite(norm): lost,values = ["gradient"],dict(gradient=float(norm))
+    if not lost and precision != "fp16" and norm is not None and not math.isfinite(norm):
+        lost,values = ["gradient"],dict(gradient=float(norm))
     other = "" if precision == "no" else " or --precision no"
-    if lost: raise UserError(f"the {lost[0].replace('_', ' ')} is {values[lost[0]]} at step {step}: it comes again unless something changes, so give a lower --lr{other}")
+    if lost:
+        raise UserError(
+            f"the {lost[0].replace('_', ' ')} is {values[lost[0]]} at step {step}: it comes again "
+            f"unless something changes, so give a lower --lr{other}")
 
 # %% ../nbs/23_train.ipynb #2db0ef29
 def next_batch(
@@ -251,7 +287,8 @@ def next_batch(
     "Draw a batch. Raises the same UserError in every process where any of them meets one."
     try: batch,error = next(trainer.source.batches),None
     except UserError as e: batch,error = None,one_line(e)
-    if trainer.acc.num_processes > 1 and trainer.acc.reduce(torch.tensor(float(error is not None), device=trainer.acc.device)) > 0:
+    if trainer.acc.num_processes > 1 and trainer.acc.reduce(
+        torch.tensor(float(error is not None), device=trainer.acc.device)) > 0:
         error = next(e for e in gather_object([error]) if e)
     if error: raise UserError(error)
     return batch
@@ -280,16 +317,25 @@ class Trainer:
         rank,world = self.acc.process_index,self.acc.num_processes
         self.n_global,self.signals = cfg.batch_size*world,None
         self.loss = build_loss(cfg, self.n_global); seed_all(cfg.seed)
-        if cfg.eval_data: next(iter(PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col), image_transform(32)))) # what is wrong there is said now, not at the end
+        # what is wrong there is said now, not at the end
+        if cfg.eval_data:
+            next(iter(PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col),
+                                 image_transform(32))))
         if cfg.init: model,_,tokenizer = load(cfg.init)
-        self.source = source or make_source(cfg, cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size, rank, world)
+        self.source = source or make_source(cfg,
+                                            cfg.img_size
+                                            or (model.config if model
+                                                else PRESETS[cfg.preset]).img_size, rank, world)
         self.tokenizer = tokenizer or build_tokenizer(cfg, self.source.texts)
         self.model = build_model(cfg, len(self.tokenizer), model)
         self.wrapped,self.optimizer = prepare(self.acc, cfg, self.model)
         self.split = self.acc.distributed_type == DistributedType.FSDP
-        self.share = (0, 1) if self.split else (rank, world) # of evaluations: no process can use a split model alone
+        # of evaluations: no process can use a split model alone
+        self.share = (0, 1) if self.split else (rank, world)
         torch.manual_seed(cfg.seed*1000 + rank) # from here on each process draws its own
-        self.n_steps = max(1, round(cfg.epochs*self.source.n_pairs/self.n_global)) if cfg.epochs else cfg.steps
+        self.n_steps = max(1,
+                           round(
+            cfg.epochs*self.source.n_pairs/self.n_global)) if cfg.epochs else cfg.steps
         self.step,self.seconds,self.waited,self.repeats,self.evaluated,self.losses = 0,0.,0.,0.,0,[]
 
     def train_step(self, share:float)->dict[str, float]: # loss, accuracy, scale, lr, and lm_loss where there is one
@@ -299,24 +345,30 @@ class Trainer:
         tokens = self.tokenizer(self.captions, truncate=True)
         self.waited += time.perf_counter() - start
         self.optimizer.zero_grad()
-        values,self.stop = agree(self, add_gradients(self, images.to(self.acc.device), tokens.to(self.acc.device)))
+        values,self.stop = agree(self,
+                                 add_gradients(self, images.to(self.acc.device),
+                                               tokens.to(self.acc.device)))
         norm = self.acc.clip_grad_norm_(self.wrapped.parameters(), self.cfg.grad_clip)
         check_finite(values, norm, self.step+1, self.cfg.precision)
         descend(self, lr)
-        self.step,self.repeats,self.seconds = self.step+1,self.repeats + repeated(self.captions),self.seconds + time.perf_counter()-start
+        self.step,self.repeats,self.seconds = self.step+1,self.repeats + repeated(
+            self.captions),self.seconds + time.perf_counter()-start
         return values | dict(lr=lr)
 
 # %% ../nbs/23_train.ipynb #2af069cb
-SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size", "workers", "seed", "scenes", "variants", "hold_out_val", "extra_fonts",
+SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size",
+        "workers", "seed", "scenes", "variants", "hold_out_val", "extra_fonts",
         "adam_stats", "text_weights", "freeze_bn") # what a resumed run must have as it was
 
 def options(cfg:TrainConfig)->dict: # plain values
     "The options as JSON and checkpoints hold them."
-    return {k:list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k,v in asdict(cfg).items()}
+    return {k:list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v
+            for k,v in asdict(cfg).items()}
 
 def fingerprint(t)->dict: # of a Trainer
     "What the data must still be: so many pairs, and this vocabulary."
-    return dict(n_pairs=t.source.n_pairs, vocabulary=zlib.crc32(json.dumps(t.tokenizer.merges).encode()))
+    return dict(n_pairs=t.source.n_pairs,
+                vocabulary=zlib.crc32(json.dumps(t.tokenizer.merges).encode()))
 
 def save_state(
     trainer:Trainer,       # between two steps
@@ -324,8 +376,11 @@ def save_state(
 )->Path:                   # the checkpoint
     "Write a checkpoint. Called by all processes. Raises UserError."
     t = trainer
-    shared = {k:getattr(t, k) for k in ("step", "seconds", "waited", "evaluated", "losses")} | dict(options=options(t.cfg), data=fingerprint(t))
-    return Checkpoints(t.cfg.out/"checkpoints", t.cfg.keep).write(t.acc, t.step, shared, dict(position=t.source.position.state_dict(), repeats=t.repeats), score)
+    shared = {k:getattr(t, k) for k in ("step", "seconds", "waited", "evaluated", "losses")} | dict(
+        options=options(t.cfg), data=fingerprint(t))
+    return Checkpoints(t.cfg.out/"checkpoints",
+                       t.cfg.keep).write(t.acc, t.step, shared,
+                       dict(position=t.source.position.state_dict(), repeats=t.repeats), score)
 
 def load_state(
     trainer:Trainer, # newly set up
@@ -336,11 +391,18 @@ def load_state(
     def fits(shared):
         before = shared.pop("options")
         before["preset"] = RENAMED.get(before["preset"], before["preset"])
-        changed.extend(k for k in now if now[k] != before.get(k) and k not in ("out", "resume", "overwrite"))
+        changed.extend(k for k in now if now[k] != before.get(k)
+                       and k not in ("out", "resume", "overwrite"))
         changed[:] = [f"{k} {before.get(k)} -> {now[k]}" for k in changed]
         fixed = [c for c in changed if c.split()[0] in SAME]
-        if fixed: raise UserError(f"the run in {trainer.cfg.out} had other options ({', '.join(fixed)}): resume it with its own")
-        if shared.pop("data") != fingerprint(trainer): raise UserError(f"{trainer.cfg.data} has changed since the run in {trainer.cfg.out} was started: resume it with the data it had")
+        if fixed:
+            raise UserError(
+                f"the run in {trainer.cfg.out} had other options ({', '.join(fixed)}): resume it "
+                f"with its own")
+        if shared.pop("data") != fingerprint(trainer):
+            raise UserError(
+                f"{trainer.cfg.data} has changed since the run in {trainer.cfg.out} was started: "
+                f"resume it with the data it had")
     shared,mine = Checkpoints(path.parent).read(trainer.acc, path, fits)
     trainer.source.position.load_state_dict(mine["position"])
     for k,v in (shared | dict(repeats=mine["repeats"])).items(): setattr(trainer, k, v)
@@ -359,11 +421,18 @@ def describe(
     trainer:Trainer, # set up
 )->str:              # two lines, or three
     "What is about to happen, in words: sizes, precision, processes, and the batch sizes apart."
-    cfg,n,params = trainer.cfg,trainer.acc.num_processes,sum(p.numel() for p in trainer.model.parameters())
-    lines = [f"{cfg.preset}: {params/1e6:.2f} M parameters, {len(trainer.tokenizer)} tokens, precision {cfg.precision}, {n} process(es) of {cfg.threads} thread(s) on {trainer.acc.device}",
-             f"batch: {cfg.batch_size} pairs a process{f', {cfg.micro_batch} of them at a time' if cfg.micro_batch else ''}, {trainer.n_global} a step, each contrasted with {trainer.n_global-1} others"]
+    cfg,n,params = trainer.cfg,trainer.acc.num_processes,sum(
+        p.numel() for p in trainer.model.parameters())
+    lines = [
+        f"{cfg.preset}: {params/1e6:.2f} M parameters, {len(trainer.tokenizer)} tokens, precision "
+        f"{cfg.precision}, {n} process(es) of {cfg.threads} thread(s) on {trainer.acc.device}",
+             f"batch: {cfg.batch_size} pairs a "
+             f"process{f', {cfg.micro_batch} of them at a time' if cfg.micro_batch else ''}, "
+             f"{trainer.n_global} a step, each contrasted with {trainer.n_global-1} others"]
     if cfg.preset in RELEASED and trainer.n_global != PAPER_BATCH:
-        lines.append(f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: more processes, or --batch-size with --micro-batch, come nearer to it")
+        lines.append(
+            f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: "
+            f"more processes, or --batch-size with --micro-batch, come nearer to it")
     return "\n".join(lines)
 
 # %% ../nbs/23_train.ipynb #21221664
@@ -374,27 +443,37 @@ def make_folder(
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out/"try.aside").touch()
-    except OSError as e: raise UserError(f"--out {out} can't be made or written to ({reason(e)}): choose another --out") from None
+    except OSError as e:
+        raise UserError(
+            f"--out {out} can't be made or written to ({reason(e)}): choose another --out") from None
 
 def begin(
     trainer:Trainer, # set up
 ):
     "Make the run folder, take up a checkpoint where one is asked for and there, and say what is about to happen."
     t,out = trainer,trainer.cfg.out
-    path = broadcast_object_list([Checkpoints(out/"checkpoints").latest() if t.cfg.resume else None])[0] # as the first process sees the disk
+    # as the first process sees the disk
+    path = broadcast_object_list([Checkpoints(out/"checkpoints").latest() if t.cfg.resume
+                                  else None])[0]
     changed = load_state(t, path) if path else []
     t.acc.wait_for_everyone()
     if t.acc.is_main_process:
         make_folder(out)
-        left = [p for p in out.iterdir() if p.name.endswith(".aside") or p.name in RUN_FILES and not path]
+        left = [p for p in out.iterdir() if p.name.endswith(".aside") or p.name in RUN_FILES
+                and not path]
         for p in left: # by an earlier run, or by a kill while a file was written
             rmtree(p) if p.is_dir() else p.unlink()
         rewind(out/"metrics.jsonl", t.step)
         print(describe(t), flush=True)
-        if path: print(f"resumed from step {t.step}" + (f", with other options: {', '.join(changed)}" if changed else ""), flush=True)
+        if path:
+            print(f"resumed from step {t.step}"
+                  + (f", with other options: {', '.join(changed)}" if changed else ""), flush=True)
         elif t.cfg.resume: print(f"no checkpoint in {out}: starting afresh", flush=True)
     t.acc.wait_for_everyone()
-    if t.cfg.tracker: t.acc.init_trackers("clip_nbdev", {k:v for k,v in options(t.cfg).items() if isinstance(v, (int, float, str, bool))})
+    if t.cfg.tracker:
+        t.acc.init_trackers("clip_nbdev",
+                            {k:v for k,v in options(t.cfg).items()
+                             if isinstance(v, (int, float, str, bool))})
 
 # %% ../nbs/23_train.ipynb #3f1028c7
 def share_buffers(
@@ -421,12 +500,17 @@ def run_steps(
         values = t.train_step(share)
         t.losses.append(values["loss"])
         meter.step(values)
-        if t.step == 1: meter.say(f"first loss {t.losses[0]:.2f}; guessing gives {name} = {floor:.2f}")
-        if t.step == cfg.warmup+100 and cfg.loss == "clip" and abs(sum(t.losses[-20:])/20 - floor) < 0.02*floor:
-            meter.say(FLOOR_HELP.format(n=t.n_global, floor=floor, lr=cfg.lr/4, dup=repeated(t.captions), scale=values["scale"]))
+        if t.step == 1:
+            meter.say(f"first loss {t.losses[0]:.2f}; guessing gives {name} = {floor:.2f}")
+        if t.step == cfg.warmup+100 and cfg.loss == "clip" and abs(
+            sum(t.losses[-20:])/20 - floor) < 0.02*floor:
+            meter.say(FLOOR_HELP.format(n=t.n_global, floor=floor, lr=cfg.lr/4,
+                                        dup=repeated(t.captions), scale=values["scale"]))
         if t.stop:
             why,code = t.signals.reason or ("a signal to another process", 143)
-            raise Stopped(f"stopped by {why} after step {t.step}; saved as {save_state(t)}: the same command with --resume goes on", code)
+            raise Stopped(
+                f"stopped by {why} after step {t.step}; saved as {save_state(t)}: the same command "
+                f"with --resume goes on", code)
         if cfg.checkpoint_every and t.step % cfg.checkpoint_every == 0: save_state(t)
 
 # %% ../nbs/23_train.ipynb #096d0dcf
@@ -435,7 +519,10 @@ def train(
 )->dict:             # last record of metrics.jsonl; empty in all processes but the first
     "Train to the end, evaluate, write the run folder. Raises UserError, or Stopped."
     if cfg.resume and "steps" in (last := last_record(cfg.out/"metrics.jsonl")):
-        if os.environ.get("RANK", "0") == "0": print(f"{cfg.out} is finished ({last['steps']} steps): nothing to resume. To train on, start another run with --init {cfg.out}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"{cfg.out} is finished ({last['steps']} steps): nothing to resume. To train on, "
+                f"start another run with --init {cfg.out}", flush=True)
         return last
     with StopSignals() as signals:
         trainer = Trainer(cfg)
@@ -448,13 +535,17 @@ def train(
         except (UserError, OSError) as e:
             if isinstance(e, OSError) and e.errno not in FULL: raise
             good = Checkpoints(trainer.cfg.out/"checkpoints").latest()
-            raise UserError(f"{one_line(e)}. " + (f"Last good checkpoint: {good}; --resume goes on from it" if good else "No checkpoint was written yet; --overwrite starts again")) from None
+            raise UserError(f"{one_line(e)}. "
+                            + (f"Last good checkpoint: {good}; --resume goes on from it" if good
+                               else "No checkpoint was written yet; --overwrite starts again")) from None
         finally:
             meter.close()
             trainer.acc.end_training()
 
 # %% ../nbs/23_train.ipynb #8ee2af57
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE) # what a disk says that is full, closed or gone
+# what a disk says that is full, closed or gone
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+        errno.ESTALE)
 
 def finish(
     trainer:Trainer,     # after its last step
@@ -467,26 +558,32 @@ def finish(
     if cfg.checkpoint_every: save_state(t) # whatever happens from here on, the training is not lost
     model = whole_model(t)
     if acc.is_main_process:
-        save_model(model, t.tokenizer, cfg.out, train=options(cfg), processes=acc.num_processes, hardware=hardware(), torch=torch.__version__)
+        save_model(model, t.tokenizer, cfg.out, train=options(cfg), processes=acc.num_processes,
+                   hardware=hardware(), torch=torch.__version__)
     found = evaluate(cfg, t.model, t.tokenizer, True, *t.share)
     counts = getattr(t.source.position, "counts", None)
     if counts is not None: counts = acc.reduce(counts.to(acc.device), "sum").tolist()
     repeats = acc.reduce(torch.tensor(t.repeats/t.step, device=acc.device), "mean").item()
     if not acc.is_main_process: return {}
-    last = dict(steps=t.step, seconds=round(t.seconds, 1), pairs=t.step*t.n_global, batch=t.n_global, waiting=round(t.waited/t.seconds, 3),
+    last = dict(steps=t.step, seconds=round(t.seconds, 1), pairs=t.step*t.n_global,
+                batch=t.n_global, waiting=round(t.waited/t.seconds, 3),
                 repeated_captions=round(repeats, 4), **found)
-    if counts is not None: last |= dict(zip(("used", "broken_images", "empty_captions", "put_off", "repeated_images"), counts))
+    if counts is not None:
+        last |= dict(zip(("used", "broken_images", "empty_captions", "put_off", "repeated_images"),
+                         counts))
     write_report(cfg, model, t.tokenizer, last, t.losses)
     meter.write(**last)
     return last
 
 # %% ../nbs/23_train.ipynb #93411339
-GONE = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused") # what gloo and NCCL say when a process has gone
+# what gloo and NCCL say when a process has gone
+GONE = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")
 
 def main():
     "The command line: python -m clip_nbdev.train, or accelerate launch -m clip_nbdev.train."
     rank,distributed = os.environ.get("RANK", "0"),torch.distributed
-    first = os.environ.get("LOCAL_RANK", "0") == "0" # of this machine: a mistake may be one machine's own
+    # of this machine: a mistake may be one machine's own
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try: train(tyro.cli(TrainConfig, prog="clip_nbdev.train"))
     except UserError as e:
         if first: print(f"error: {one_line(e)}", file=sys.stderr)
@@ -499,10 +596,12 @@ def main():
         if rank == "0": print(e, file=sys.stderr)
         sys.exit(e.code)
     except KeyboardInterrupt:
-        print("stopped by hand, at once: what the last checkpoint does not hold is lost", file=sys.stderr)
+        print("stopped by hand, at once: what the last checkpoint does not hold is lost",
+              file=sys.stderr)
         sys.exit(130)
     finally:
-        if distributed.is_available() and distributed.is_initialized(): distributed.destroy_process_group()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 # %% ../nbs/23_train.ipynb #b8c7d845
 if __name__ == "__main__" and "__file__" in globals(): main()
@@ -519,7 +618,8 @@ def trial_scores(
     batches = [pairs.batch(batch_size) for _ in range(10)]
     with evaluating(model):
         tokens = [tokenizer(captions, truncate=True) for _,captions in batches]
-        out = dict(loss=sum(clip_loss(*model(normalize(images), t)).item() for (images,_),t in zip(batches, tokens))/10)
+        out = dict(loss=sum(clip_loss(*model(normalize(images), t)).item() for (images,_),
+                            t in zip(batches, tokens))/10)
         if lm: out["lm_loss"] = sum(lm_loss(model.text, t).item() for t in tokens)/10
     return out
 
@@ -544,8 +644,10 @@ def short_run(
     splits = ("train",) if options.get("hold_out_val") else ("train", "val")
     pairs = pairs or GlyphPairs(model.config.img_size, splits, scenes=scenes, seed=seed)
     source = Source(iter(lambda: pairs.batch(batch_size), None), [], None, pairs)
-    fixed = dict(preset="tiny", out=Path("nowhere"), precision="no", threads=torch.get_num_threads())
-    trainer = Trainer(TrainConfig(steps=steps, batch_size=batch_size, lr=lr, lm_weight=lm_weight, seed=seed, **fixed | options), model, tokenizer, source)
+    fixed = dict(preset="tiny", out=Path("nowhere"), precision="no",
+                 threads=torch.get_num_threads())
+    trainer = Trainer(TrainConfig(steps=steps, batch_size=batch_size, lr=lr, lm_weight=lm_weight,
+                                  seed=seed, **fixed | options), model, tokenizer, source)
     if prepare: prepare(trainer)
     for step in progress(range(steps), desc=f"training, seed {seed}"):
         trainer.train_step(step/steps)
@@ -564,5 +666,8 @@ def trial(
     "A short training and what it led to, for comparing models: same pairs, same schedule, another model."
     trainer = short_run(build, seed, batch_size=batch_size, scenes=scenes, **how)
     model,tokenizer = trainer.model,trainer.tokenizer
-    fresh = GlyphPairs(model.config.img_size, ("train",) if how.get("hold_out_val") else ("train", "val"), scenes=scenes, seed=1234)
-    return trial_scores(model, tokenizer, fresh, batch_size, bool(how.get("lm_weight"))) | evaluate_suite(model, tokenizer, model.config.img_size, names)
+    fresh = GlyphPairs(model.config.img_size, ("train",) if how.get("hold_out_val")
+                       else ("train", "val"), scenes=scenes, seed=1234)
+    return trial_scores(model, tokenizer, fresh, batch_size,
+                        bool(how.get("lm_weight"))) | evaluate_suite(model, tokenizer,
+                        model.config.img_size, names)

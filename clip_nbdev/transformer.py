@@ -41,9 +41,11 @@ class Attention(nn.Module):
         n_heads:int, # must divide width
     ):
         super().__init__()
-        if n_heads < 1 or width % n_heads: raise ValueError(f"width {width} is not a multiple of n_heads {n_heads}")
+        if n_heads < 1 or width % n_heads:
+            raise ValueError(f"width {width} is not a multiple of n_heads {n_heads}")
         self.n_heads = n_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3*width, width)) # rows of the queries, then keys, then values
+        # rows of the queries, then keys, then values
+        self.in_proj_weight = nn.Parameter(torch.empty(3*width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3*width))
         self.out_proj = nn.Linear(width, width)
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
@@ -57,10 +59,14 @@ class Attention(nn.Module):
         B,L,D = x.shape
         if at is None:
             qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-            q,k,v = qkv.view(B, L, 3, self.n_heads, D//self.n_heads).permute(2, 0, 3, 1, 4) # each (B, heads, L, d)
+            # each (B, heads, L, d)
+            q,k,v = qkv.view(B, L, 3, self.n_heads, D//self.n_heads).permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
             return self.out_proj(y.transpose(1, 2).reshape(B, L, D))
-        if at.shape != (B,): raise ValueError(f"at must hold one position for each of the {B} rows, and its shape is {tuple(at.shape)}")
+        if at.shape != (B,):
+            raise ValueError(
+                f"at must hold one position for each of the {B} rows, and its shape is "
+                f"{tuple(at.shape)}")
         (wq,wk,wv),(bq,bk,bv) = self.in_proj_weight.chunk(3),self.in_proj_bias.chunk(3)
         query = F.linear(x[torch.arange(B, device=x.device), at], wq, bq)
         visible = torch.arange(L, device=x.device) <= at[:,None] if causal else None
@@ -87,7 +93,8 @@ class ResidualAttentionBlock(nn.Module):
         self.attn = Attention(width, n_heads)
         self.ln_2 = nn.LayerNorm(width)
         hidden = 4*width if mlp_width is None else mlp_width
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, hidden), gelu=act(), c_proj=nn.Linear(hidden, width)))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, hidden), gelu=act(),
+                                             c_proj=nn.Linear(hidden, width)))
 
     def forward(self,
         x:Tensor,            # (B, L, D)
@@ -111,14 +118,17 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         if n_layers < 1: raise ValueError(f"n_layers {n_layers} must be at least 1")
-        self.resblocks = nn.ModuleList([ResidualAttentionBlock(width, n_heads, causal, act, mlp_width) for _ in range(n_layers)])
+        self.resblocks = nn.ModuleList(
+            [ResidualAttentionBlock(width, n_heads, causal, act, mlp_width)
+             for _ in range(n_layers)])
         for block in self.resblocks:
             nn.init.zeros_(block.attn.out_proj.bias)
             if not scaled_init:
                 nn.init.xavier_uniform_(block.attn.in_proj_weight)
                 continue
             nn.init.normal_(block.mlp.c_fc.weight, std=(2*width)**-0.5)
-            for writes in (block.attn.out_proj, block.mlp.c_proj): nn.init.normal_(writes.weight, std=(2*n_layers*width)**-0.5)
+            for writes in (block.attn.out_proj, block.mlp.c_proj):
+                nn.init.normal_(writes.weight, std=(2*n_layers*width)**-0.5)
 
     def forward(self,
         x:Tensor,            # (B, L, D)

@@ -47,7 +47,8 @@ def line(
     equal:bool|None, # None where it could not be checked
 )->dict:
     "A row of the table."
-    return {"check":check, "expected":expected, "your machine":found, "verdict":UNCHECKED if equal is None else EQUAL if equal else DIFFERS}
+    return {"check":check, "expected":expected, "your machine":found,
+            "verdict":UNCHECKED if equal is None else EQUAL if equal else DIFFERS}
 
 def check_file(
     path:Path|None, # of weights; None where they came as a folder or from the hub
@@ -55,12 +56,18 @@ def check_file(
 )->dict:
     "The SHA-256 against the one that OpenAI published for a name."
     what = "SHA-256 of the file"
-    if path is None: return line(what, "", "the weights came as a folder: only OpenAI's own files have a published hash", None)
+    if path is None:
+        return line(what, "",
+                    "the weights came as a folder: only OpenAI's own files have a published hash",
+                    None)
     found = sha256(path)
     published = next((n for n,r in RELEASES.items() if r.sha256 == found), None)
     wanted = name if name in RELEASES else published # open_clip's names have no file of their own
-    if published: return line(what, f"{wanted}: {RELEASES[wanted].sha256[:12]}…", f"{published}: {found[:12]}…", published == wanted)
-    return line(what, f"{RELEASES[name].sha256[:12]}…" if name in RELEASES else "", f"{found[:12]}…, none of the nine that OpenAI published", None)
+    if published:
+        return line(what, f"{wanted}: {RELEASES[wanted].sha256[:12]}…",
+                    f"{published}: {found[:12]}…", published == wanted)
+    return line(what, f"{RELEASES[name].sha256[:12]}…" if name in RELEASES else "",
+                f"{found[:12]}…, none of the nine that OpenAI published", None)
 
 # %% ../nbs/92_verify.ipynb #ba00290c
 def check_count(
@@ -69,7 +76,8 @@ def check_count(
 )->dict:
     "Parameters against the architecture of the name."
     found = sum(p.numel() for p in model.parameters())
-    if name not in RELEASES: return line("parameters", "", f"{found:,}; no number is published for it here", None)
+    if name not in RELEASES:
+        return line("parameters", "", f"{found:,}; no number is published for it here", None)
     with torch.device("meta"): wanted = sum(p.numel() for p in CLIP(PRESETS[name]).parameters())
     return line("parameters", f"{wanted:,}", f"{found:,}", found == wanted)
 
@@ -79,7 +87,10 @@ def check_fit(
 )->dict:
     "Names and shapes of the weights against the architecture of the name."
     what = "names and shapes of the weights"
-    if name not in RELEASES: return line(what, "", "they fit the configuration that came with them; no other is known for this model", None)
+    if name not in RELEASES:
+        return line(what, "",
+                    "they fit the configuration that came with them; no other is known for this "
+                    "model", None)
     with torch.device("meta"): wanted = to_released(CLIP(PRESETS[name]).state_dict())
     wrong = misfit(to_released(model.state_dict()), wanted)
     return line(what, f"{len(wanted)} of {name}", wrong or f"{len(wanted)}, no other", not wrong)
@@ -91,16 +102,23 @@ def check_scale(
     "Weights must be finite, and the temperature within the paper's bound (section 2.5: logits are never scaled by more than 100)."
     broken = [k for k,p in model.state_dict().items() if not p.isfinite().all()]
     scale = model.scale.item()
-    return line("weights finite, scale at most 100", "0 tensors, 100", f"{len(broken)} tensors{f' ({broken[0]})' if broken else ''}, {scale:.2f}", not broken and scale < 100.1) # 100 is 100.03 where its logarithm was kept in half precision
+    # 100 is 100.03 where its logarithm was kept in half precision
+    return line("weights finite, scale at most 100", "0 tensors, 100",
+                f"{len(broken)} tensors{f' ({broken[0]})' if broken else ''}, {scale:.2f}",
+                not broken and scale < 100.1)
 
 # %% ../nbs/92_verify.ipynb #49668159
 SHAPES = ((224, 224), (225, 223), (300, 451), (640, 97), (97, 640), (40, 30))
-TEXTS = ("a photo of a cat.", "", "Größe 12½ – naïve CAFÉ", "it's 3,000 o'clock!!", "&lt;b&gt; caf&eacute;", "中文 русский ελληνικά", "😀👍🏽 ♥", "x"*90, "a  b\tc\nd", "<|endoftext|>")
+TEXTS = ("a photo of a cat.", "", "Größe 12½ – naïve CAFÉ", "it's 3,000 o'clock!!",
+         "&lt;b&gt; caf&eacute;", "中文 русский ελληνικά", "😀👍🏽 ♥", "x"*90, "a  b\tc\nd",
+         "<|endoftext|>")
 
 def reference_transform(img_size:int)->classic.Compose: # PIL image -> (3, img_size, img_size)
     "The released code's preprocessing, in the released code's classes."
     to_rgb = lambda image: image.convert("RGB")
-    return classic.Compose([classic.Resize(img_size, interpolation=classic.InterpolationMode.BICUBIC), classic.CenterCrop(img_size), to_rgb, classic.ToTensor(), classic.Normalize(MEAN, STD)])
+    return classic.Compose(
+        [classic.Resize(img_size, interpolation=classic.InterpolationMode.BICUBIC),
+         classic.CenterCrop(img_size), to_rgb, classic.ToTensor(), classic.Normalize(MEAN, STD)])
 
 def check_pixels(
     preprocess,    # of the model
@@ -110,18 +128,24 @@ def check_pixels(
     rng,reference = np.random.default_rng(0),reference_transform(img_size)
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h,w in SHAPES]
     gap = max((preprocess(p) - reference(p)).abs().max().item() for p in images)
-    return line("preprocessing against torchvision's, largest difference", "below 1e-5", f"{gap:.1e} over {len(SHAPES)} images", gap < 1e-5)
+    return line("preprocessing against torchvision's, largest difference", "below 1e-5",
+                f"{gap:.1e} over {len(SHAPES)} images", gap < 1e-5)
 
 def check_tokens(
     tokenizer, # of the model
 )->dict:
     "Token ids, all 77 of each text."
     what = "token ids against open_clip's"
-    if len(tokenizer) != PRESETS["ViT-B/32"].vocab_size: return line(what, "", f"a vocabulary of its own, {len(tokenizer):,} tokens", None)
-    if not find_spec("open_clip"): return line(what, "", "open_clip is not installed: pip install open_clip_torch", None)
+    if len(tokenizer) != PRESETS["ViT-B/32"].vocab_size:
+        return line(what, "", f"a vocabulary of its own, {len(tokenizer):,} tokens", None)
+    if not find_spec("open_clip"):
+        return line(what, "", "open_clip is not installed: pip install open_clip_torch", None)
     SimpleTokenizer = import_module("open_clip").SimpleTokenizer
-    wrong = [t for t in TEXTS if not torch.equal(tokenizer([t], truncate=True), SimpleTokenizer(context_length=tokenizer.ctx_len)([t]))]
-    return line(what, f"{len(TEXTS)} texts", f"{len(TEXTS)-len(wrong)} equal{f', not {wrong[0]!r}' if wrong else ''}", not wrong)
+    wrong = [t for t in TEXTS if not torch.equal(tokenizer([t], truncate=True),
+                                                 SimpleTokenizer(context_length=tokenizer.ctx_len)(
+        [t]))]
+    return line(what, f"{len(TEXTS)} texts",
+                f"{len(TEXTS)-len(wrong)} equal{f', not {wrong[0]!r}' if wrong else ''}", not wrong)
 
 # %% ../nbs/92_verify.ipynb #108c8246
 def peer_of(
@@ -142,17 +166,26 @@ def check_embeddings(
 )->list[dict]:
     "Embeddings of drawn images and their captions against open_clip's, and the logits."
     what = "embeddings against open_clip's, largest difference"
-    if not find_spec("open_clip"): return [line(what, "", "open_clip is not installed: pip install open_clip_torch", None)]
+    if not find_spec("open_clip"):
+        return [line(what, "", "open_clip is not installed: pip install open_clip_torch", None)]
     try: peer = peer_of(model)
     except UserError as e: return [line(what, "", str(e), None)]
     images,captions = GlyphPairs(model.config.img_size, seed=0).batch(n)
     images,tokens = normalize((255*images).byte()),tokenizer(captions, truncate=True)
     with torch.no_grad():
-        img_emb,txt_emb = model.encode_image(images, normalize=True),model.encode_text(tokens, normalize=True)
-        their_img,their_txt = peer.encode_image(images, normalize=True),peer.encode_text(tokens, normalize=True)
-        logits = (model.scale*img_emb @ txt_emb.T - peer.logit_scale.exp()*their_img @ their_txt.T).abs().max().item()
-    gaps = {f"image {what}":(img_emb - their_img).abs().max().item(), f"text {what}":(txt_emb - their_txt).abs().max().item()}
-    return [line(k, "at most 1e-5", f"{v:.1e}", v <= 1e-5) for k,v in gaps.items()] + [line("logits against open_clip's, largest difference", "at most 1e-3", f"{logits:.1e}", logits <= 1e-3)]
+        img_emb,txt_emb = model.encode_image(images,
+                                             normalize=True),model.encode_text(tokens,
+                                             normalize=True)
+        their_img,their_txt = peer.encode_image(images,
+                                                normalize=True),peer.encode_text(tokens,
+                                                normalize=True)
+        logits = (model.scale*img_emb @ txt_emb.T
+                  - peer.logit_scale.exp()*their_img @ their_txt.T).abs().max().item()
+    gaps = {f"image {what}":(img_emb - their_img).abs().max().item(),
+            f"text {what}":(txt_emb - their_txt).abs().max().item()}
+    return [line(k, "at most 1e-5", f"{v:.1e}", v <= 1e-5)
+            for k,v in gaps.items()] + [line("logits against open_clip's, largest difference",
+                                             "at most 1e-3", f"{logits:.1e}", logits <= 1e-3)]
 
 # %% ../nbs/92_verify.ipynb #e4809092
 PUBLISHED = """
@@ -192,7 +225,8 @@ def published(
     key = data if data == "ImageNet-V2" else getattr(paper_set(data), "name", None)
     for row in PUBLISHED.strip().splitlines():
         set_name,*cells = row.split()
-        if set_name == key and name in RELEASES: return float(cells[list(RELEASES).index(name)]), "[M]" if cells[-1] == "[M]" else ""
+        if set_name == key and name in RELEASES:
+            return float(cells[list(RELEASES).index(name)]), "[M]" if cells[-1] == "[M]" else ""
     return None, ""
 
 # %% ../nbs/92_verify.ipynb #e9ed7a77
@@ -201,9 +235,14 @@ def open_imagenet_v2(
 )->LabelledData:
     "ImageNet-V2 with the authors' class names and 80 templates. Raises UserError for another folder, and where clip-benchmark, which carries the names, is missing."
     if not folder.is_dir(): raise UserError(f"no folder {folder}")
-    classes = [d for d in folder.iterdir() if d.is_dir() and d.name.isdigit() and int(d.name) < 1000]
-    items = [(p, int(d.name)) for d in sorted(classes, key=lambda d: int(d.name)) for p in images_below(d)]
-    if not items: raise UserError(f"{folder} has no class folders 0 to 999 with images: ImageNet-V2 comes as imagenetv2-matched-frequency-format-val")
+    classes = [d for d in folder.iterdir() if d.is_dir() and d.name.isdigit()
+               and int(d.name) < 1000]
+    items = [(p, int(d.name)) for d in sorted(classes, key=lambda d: int(d.name))
+             for p in images_below(d)]
+    if not items:
+        raise UserError(
+            f"{folder} has no class folders 0 to 999 with images: ImageNet-V2 comes as "
+            f"imagenetv2-matched-frequency-format-val")
     names,templates = dataset_prompts("ImageNet")
     return LabelledData("ImageNet-V2", dict(all=partial(LabelledFiles, items)), names, templates)
 
@@ -236,10 +275,13 @@ def accuracies(
     "Zero-shot accuracy on each set, beside the published one. A set that can't be opened is a line that says why."
     rows,what = [],[*([cfg.imagenet_v2] if cfg.imagenet_v2 else []), *cfg.data]
     for data in what:
-        options = EvalConfig(model="", data=str(data), tasks="zeroshot", out=cfg.out, root=cfg.root, download=cfg.download, limit=cfg.limit, batch_size=cfg.batch_size, workers=cfg.workers, device=cfg.device)
+        options = EvalConfig(model="", data=str(data), tasks="zeroshot", out=cfg.out, root=cfg.root,
+                             download=cfg.download, limit=cfg.limit, batch_size=cfg.batch_size,
+                             workers=cfg.workers, device=cfg.device)
         try:
             options = resolved(options)
-            opened = prepared(open_imagenet_v2(data) if data is cfg.imagenet_v2 else open_data(options, data), options)
+            opened = prepared(open_imagenet_v2(data) if data is cfg.imagenet_v2
+                              else open_data(options, data), options)
             parts = Parts(opened, model.to(options.device), options, fingerprint(model.visual))
             score,n = 100*zero_shot(model, tokenizer, parts)[0][-1]["score"],len(parts.test().x)
         except UserError as e:
@@ -248,7 +290,10 @@ def accuracies(
         wanted,mark = published(opened.name, name)
         near = wanted is not None and abs(score - wanted) <= NEAR
         why = "no published score is known" if wanted is None else "a part of the set" if cfg.limit else "the published score is from memory" if mark and not near else ""
-        rows.append(line(f"zero-shot on {opened.name}, {opened.metric.replace('_', ' ')}, %", "" if wanted is None else f"{wanted:.1f}{f' {mark}' if mark else ''}", f"{score:.2f} ({n:,} images){f'; {why}' if why else ''}", None if why else near))
+        rows.append(line(f"zero-shot on {opened.name}, {opened.metric.replace('_', ' ')}, %",
+                         "" if wanted is None else f"{wanted:.1f}{f' {mark}' if mark else ''}",
+                         f"{score:.2f} ({n:,} images){f'; {why}' if why else ''}",
+                         None if why else near))
     model.cpu()
     return rows
 
@@ -259,7 +304,8 @@ def attempted(
 )->list[dict]:
     "The lines of a check; one that says what it died of, where it did."
     try: found = check()
-    except Exception as e: return [line(what, "", f"the check broke: {type(e).__name__}: {one_line(e)}", None)]
+    except Exception as e:
+        return [line(what, "", f"the check broke: {type(e).__name__}: {one_line(e)}", None)]
     return [found] if isinstance(found, dict) else found
 
 def verify(
@@ -267,16 +313,27 @@ def verify(
 )->pd.DataFrame:      # check, expected, your machine, verdict
     "Run every check that can be run here. Raises UserError where the weights can't be opened."
     try: cfg.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"--out {cfg.out} can't be made ({reason(e)}): choose another") from None
-    model,preprocess,tokenizer = load(cfg.model, cfg.weights, cfg.quick_gelu, cfg.tokenizer, trust_torchscript=cfg.trust_torchscript)
+    except OSError as e:
+        raise UserError(f"--out {cfg.out} can't be made ({reason(e)}): choose another") from None
+    model,preprocess,tokenizer = load(cfg.model, cfg.weights, cfg.quick_gelu, cfg.tokenizer,
+                                      trust_torchscript=cfg.trust_torchscript)
     source = Path(cfg.weights or cfg.model)
     file = source if source.is_file() else None
     name = cfg.model if cfg.weights else release_of(file) if file else None
-    checks = {"SHA-256 of the file":partial(check_file, file, name), "names and shapes of the weights":partial(check_fit, model, name), "parameters":partial(check_count, model, name),
-              "scale":partial(check_scale, model), "preprocessing":partial(check_pixels, preprocess, model.config.img_size), "token ids":partial(check_tokens, tokenizer),
-              "embeddings":partial(check_embeddings, model, tokenizer), "accuracy":partial(accuracies, cfg, model, tokenizer, name)}
-    rows = [row for what,check in progress(list(checks.items()), desc="checks") for row in attempted(what, check)]
-    if not cfg.imagenet_v2 and not cfg.data: rows.append(line("zero-shot accuracy", "", "no data were given: --imagenet-v2 FOLDER or --data CIFAR10 --download", None))
+    checks = {"SHA-256 of the file":partial(check_file, file, name),
+              "names and shapes of the weights":partial(check_fit, model, name),
+              "parameters":partial(check_count, model, name),
+              "scale":partial(check_scale, model),
+              "preprocessing":partial(check_pixels, preprocess, model.config.img_size),
+              "token ids":partial(check_tokens, tokenizer),
+              "embeddings":partial(check_embeddings, model, tokenizer),
+              "accuracy":partial(accuracies, cfg, model, tokenizer, name)}
+    rows = [row for what,check in progress(list(checks.items()), desc="checks")
+            for row in attempted(what, check)]
+    if not cfg.imagenet_v2 and not cfg.data:
+        rows.append(line("zero-shot accuracy", "",
+                         "no data were given: --imagenet-v2 FOLDER or --data CIFAR10 --download",
+                         None))
     table = pd.DataFrame(rows)
     table.to_csv(cfg.out/"verify.csv", index=False)
     return table
@@ -295,7 +352,9 @@ def main():
         sys.exit(130)
     print(table.to_string(index=False, max_colwidth=90))
     counts = table.verdict.value_counts()
-    print(f"{counts.get(EQUAL, 0)} equal, {counts.get(DIFFERS, 0)} differ, {counts.get(UNCHECKED, 0)} not checked; written: {cfg.out/'verify.csv'}")
+    print(
+        f"{counts.get(EQUAL, 0)} equal, {counts.get(DIFFERS, 0)} differ, "
+        f"{counts.get(UNCHECKED, 0)} not checked; written: {cfg.out/'verify.csv'}")
     sys.exit(int(counts.get(DIFFERS, 0) > 0))
 
 # %% ../nbs/92_verify.ipynb #94fd739f

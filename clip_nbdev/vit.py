@@ -25,22 +25,28 @@ class VisionTransformer(nn.Module):
         mlp_width:int|None=None, # between the two maps of each MLP; None is four times width
     ):
         super().__init__()
-        if img_size < patch_size or img_size % patch_size: raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        if img_size < patch_size or img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.img_size = img_size
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn((img_size//patch_size)**2+1, width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn((img_size//patch_size)**2+1, width)
+                                                 * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, n_layers, n_heads, act=act, scaled_init=False, mlp_width=mlp_width)
+        self.transformer = Transformer(width, n_layers, n_heads, act=act, scaled_init=False,
+                                       mlp_width=mlp_width)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
 
     def tokens(self, images:Tensor)->Tensor: # (B, 3, img_size, img_size) -> (B, 1+P, D)
         "What the first block reads: the class token and the patches, with their positions, normalised. Raises ValueError for another size."
         if images.shape[2:] != (self.img_size, self.img_size):
-            raise ValueError(f"images of {tuple(images.shape[2:])} pixels, and the tower's positions are for img_size {self.img_size}")
+            raise ValueError(
+                f"images of {tuple(images.shape[2:])} pixels, and the tower's positions are for "
+                f"img_size {self.img_size}")
         patches = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches], 1) + self.positional_embedding
+        x = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches],
+                      1) + self.positional_embedding
         return self.ln_pre(x)
 
     def forward(self, images:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised, any memory layout -> (B, E)

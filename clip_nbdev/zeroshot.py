@@ -38,17 +38,23 @@ def check_names(
 ):
     "Raises UserError for class names that are missing, empty or doubled, and for templates without a slot. A single class may pass."
     for what,value in (("classnames", classnames), ("templates", templates)):
-        if isinstance(value, str): raise UserError(f"{what} must be a list of strings, not one string: {value!r}")
+        if isinstance(value, str):
+            raise UserError(f"{what} must be a list of strings, not one string: {value!r}")
     if not len(classnames): raise UserError("a classifier needs at least one class name")
     seen = set()
     for c in classnames:
         words = words_of(c) if isinstance(c, (str, tuple, list)) else (c,)
-        if not words or not all(isinstance(w, str) and w.strip() for w in words): raise UserError(f"a class name is empty or no string: {c!r}")
-        if frozenset(words) in seen: raise UserError(f"two classes are named {c!r}: no text can tell them apart, so give one of them another name")
+        if not words or not all(isinstance(w, str) and w.strip() for w in words):
+            raise UserError(f"a class name is empty or no string: {c!r}")
+        if frozenset(words) in seen:
+            raise UserError(
+                f"two classes are named {c!r}: no text can tell them apart, so give one of them "
+                f"another name")
         seen.add(frozenset(words))
     if not len(templates): raise UserError("no template given: the plainest is '{}'")
     for t in templates:
-        if not isinstance(t, str) or "{}" not in t: raise UserError(f"template {t!r} has no slot: write {{}} where the class name goes")
+        if not isinstance(t, str) or "{}" not in t:
+            raise UserError(f"template {t!r} has no slot: write {{}} where the class name goes")
 
 # %% ../nbs/30_zeroshot.ipynb #ad6fcf68
 def check_tokens(
@@ -59,7 +65,10 @@ def check_tokens(
     seen = {}
     for name,part in zip(classnames, parts):
         first = seen.setdefault(part.cpu().numpy().tobytes(), name)
-        if first is not name: raise UserError(f"the classes {first!r} and {name!r} become the same tokens: give one of them another name")
+        if first is not name:
+            raise UserError(
+                f"the classes {first!r} and {name!r} become the same tokens: give one of them "
+                f"another name")
 
 # %% ../nbs/30_zeroshot.ipynb #f49ed0be
 def embed_tokens(
@@ -71,7 +80,8 @@ def embed_tokens(
     device = next(model.parameters()).device
     order = tokens.argmax(1).argsort(stable=True)
     with evaluating(model):
-        emb = torch.cat([model.encode_text(tokens[rows].to(device), normalize=True) for rows in progress(order.split(batch_size), desc="embedding texts")])
+        emb = torch.cat([model.encode_text(tokens[rows].to(device), normalize=True)
+                         for rows in progress(order.split(batch_size), desc="embedding texts")])
     return emb[order.argsort().to(device)]
 
 # %% ../nbs/30_zeroshot.ipynb #66760e61
@@ -94,12 +104,15 @@ def cache_path(
 )->Path:             # where the matrix is kept
     "A file named by all that the matrix depends on; its folder is made. Raises UserError for what can't be a folder."
     try: Path(cache).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"cache {str(cache)!r} can't be used as a folder ({e.strerror}): give another one") from None
+    except OSError as e:
+        raise UserError(
+            f"cache {str(cache)!r} can't be used as a folder ({e.strerror}): give another one") from None
     tower = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
     kind = next(model.parameters()).device.type
     auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     about = f"1 {type(model).__qualname__} {getattr(model, 'config', None)} {tower} {auto} {sizes} {tuple(tokens.shape)} {fingerprint(tower)}"
-    key = hashlib.sha256(about.encode() + tokens.cpu().long().contiguous().numpy().tobytes()).hexdigest()
+    key = hashlib.sha256(about.encode()
+                         + tokens.cpu().long().contiguous().numpy().tobytes()).hexdigest()
     return Path(cache)/f"zeroshot-{key[:32]}.safetensors"
 
 # %% ../nbs/30_zeroshot.ipynb #e2225db7
@@ -122,7 +135,8 @@ def write_cached(
     try:
         save_file({"weights":weights.cpu().contiguous()}, aside)
         aside.replace(path)
-    except (OSError, SafetensorError) as e: raise UserError(f"{path} can't be written ({e}): give another cache, or none") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} can't be written ({e}): give another cache, or none") from None
     finally: aside.unlink(missing_ok=True)
 
 # %% ../nbs/30_zeroshot.ipynb #266f4a2e
@@ -136,7 +150,8 @@ def zeroshot_classifier(
 )->Tensor:                    # (E, K), columns of length 1
     "A classifier made of words: each class is the mean direction of its prompts (section 3.1.4). Raises UserError on bad names or templates."
     check_names(classnames, templates)
-    tokens = tokenizer([t.replace("{}", w) for c in classnames for w in words_of(c) for t in templates])
+    tokens = tokenizer([t.replace("{}", w) for c in classnames for w in words_of(c)
+                        for t in templates])
     sizes = [len(words_of(c))*len(templates) for c in classnames]
     check_tokens(classnames, tokens.split(sizes))
     path = None if cache is None else cache_path(cache, model, tokens, sizes)
@@ -160,7 +175,8 @@ def embed_images(
     "Embed images batch by batch, in evaluation mode and in the model's own precision."
     weight = first_weight(model)
     with evaluating(model):
-        return torch.cat([model.encode_image(normalize(part.to(weight.device)).to(weight.dtype), normalize=True)
+        return torch.cat(
+            [model.encode_image(normalize(part.to(weight.device)).to(weight.dtype), normalize=True)
                           for part in progress(images.split(batch_size), desc="embedding images")])
 
 # %% ../nbs/30_zeroshot.ipynb #39977519
@@ -181,8 +197,11 @@ def only(
     n,k = logits.shape
     if choices is None: return logits
     if len(choices) != n: raise UserError(f"{n} images and candidates for {len(choices)}")
-    if not ((choices >= -1) & (choices < k)).all() or not (choices >= 0).any(1).all(): raise UserError(f"an image has no candidates, or one that is none of the {k} classes")
-    offered = torch.zeros(n, k+1, dtype=torch.bool, device=logits.device).scatter_(1, choices.to(logits.device).remainder(k+1), True)
+    if not ((choices >= -1) & (choices < k)).all() or not (choices >= 0).any(1).all():
+        raise UserError(f"an image has no candidates, or one that is none of the {k} classes")
+    offered = torch.zeros(n, k+1, dtype=torch.bool,
+                          device=logits.device).scatter_(1,
+                          choices.to(logits.device).remainder(k+1), True)
     return logits.masked_fill(~offered[:,:k], -torch.inf)
 
 # %% ../nbs/30_zeroshot.ipynb #d0a0ed35
@@ -193,7 +212,10 @@ def predict(
     choices:Tensor|None=None, # (N, C) as in `EvalSet`
 )->Tensor:                    # (N,) labels
     "The nearest class of each image. Among classes that are equally near, one is drawn by a fixed seed. Raises UserError for logits that are no numbers."
-    if logits.isnan().any(): raise UserError(f"the logits of image {int(logits.isnan().any(1).nonzero()[0])} are no numbers: its pixels or the model's weights aren't finite")
+    if logits.isnan().any():
+        raise UserError(
+            f"the logits of image {int(logits.isnan().any(1).nonzero()[0])} are no numbers: its "
+            f"pixels or the model's weights aren't finite")
     logits = only(logits, choices).cpu()
     lots = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
     best = logits.amax(1, keepdim=True)
@@ -206,10 +228,14 @@ def check_set(
     "Raises UserError where labels don't match images, classes or choices, and for a single class."
     n,k = len(data.labels),len(data.classnames)
     if not n or n != len(data.images): raise UserError(f"{len(data.images)} images and {n} labels")
-    if k < 2: raise UserError("an accuracy needs two classes or more: with one, every answer is right")
-    if data.labels.min() < 0 or data.labels.max() >= k: raise UserError(f"a label is none of 0 to {k-1}: there are {k} class names")
-    if data.choices is not None and len(data.choices) != n: raise UserError(f"{n} images and candidates for {len(data.choices)}")
-    if data.choices is not None and not (data.choices == data.labels[:,None]).any(1).all(): raise UserError("an image's label is not among its candidates")
+    if k < 2:
+        raise UserError("an accuracy needs two classes or more: with one, every answer is right")
+    if data.labels.min() < 0 or data.labels.max() >= k:
+        raise UserError(f"a label is none of 0 to {k-1}: there are {k} class names")
+    if data.choices is not None and len(data.choices) != n:
+        raise UserError(f"{n} images and candidates for {len(data.choices)}")
+    if data.choices is not None and not (data.choices == data.labels[:,None]).any(1).all():
+        raise UserError("an image's label is not among its candidates")
 
 # %% ../nbs/30_zeroshot.ipynb #2223b170
 def zeroshot_accuracy(
@@ -234,16 +260,19 @@ def plot_predictions(
 )->plt.Figure:
     "Images with their most likely classes, as in the paper's figure 21: green where the class is right."
     weights = zeroshot_classifier(model, tokenizer, data.classnames, data.templates)
-    with torch.no_grad(): logits = zeroshot_logits(embed_images(model, data.images[rows]), weights, model.scale)
+    with torch.no_grad():
+        logits = zeroshot_logits(embed_images(model, data.images[rows]), weights, model.scale)
     logits = only(logits, data.choices if data.choices is None else data.choices[rows]).cpu()
     offered = (logits > -torch.inf).sum(1).tolist()
-    fig,axes = plt.subplots(len(rows), 2, figsize=(7, 1.15*len(rows)), gridspec_kw=dict(width_ratios=(1,4)), squeeze=False)
+    fig,axes = plt.subplots(len(rows), 2, figsize=(7, 1.15*len(rows)),
+                            gridspec_kw=dict(width_ratios=(1,4)), squeeze=False)
     for (left,right),row,p,n in zip(axes, rows, logits.softmax(1), offered):
         left.imshow(data.images[row].permute(1,2,0).float().numpy()); left.axis("off")
         best = p.topk(min(top, n))
         colours = [PALETTE[2] if i == data.labels[row] else PALETTE[0] for i in best.indices]
         right.barh(range(len(best.values)), best.values.tolist(), color=colours, alpha=0.6)
-        for y,(i,v) in enumerate(zip(best.indices, best.values)): right.text(0.01, y, f"{data.classnames[i]}  {v:.0%}", va="center", fontsize=8)
+        for y,(i,v) in enumerate(zip(best.indices, best.values)):
+            right.text(0.01, y, f"{data.classnames[i]}  {v:.0%}", va="center", fontsize=8)
         right.set(xlim=(0,1), yticks=[], xticks=[])
         right.invert_yaxis(); right.grid(False)
     fig.tight_layout()
@@ -257,7 +286,8 @@ def suite_set(
 )->EvalSet:
     "An evaluation set by its name. Raises UserError for a name that there is none of."
     known = SUITE + ("cards_val", "dominoes_val") + SCENE_SUITE
-    if name not in known: raise UserError(f"no evaluation set {name!r}: there are {', '.join(known)}")
+    if name not in known:
+        raise UserError(f"no evaluation set {name!r}: there are {', '.join(known)}")
     return (scene_set if name in SCENE_SUITE else eval_set)(name, img_size, n_images)
 
 # %% ../nbs/30_zeroshot.ipynb #beb232eb
@@ -269,12 +299,14 @@ def evaluate_suite(
     n_images:int=500,             # images in each, about
 )->dict[str, float]:              # name -> top-1 accuracy, 0 to 1
     "Zero-shot accuracy on each set of the suite."
-    return {name:zeroshot_accuracy(model, tokenizer, suite_set(name, img_size, n_images)) for name in progress(names, desc="evaluating")}
+    return {name:zeroshot_accuracy(model, tokenizer, suite_set(name, img_size, n_images))
+            for name in progress(names, desc="evaluating")}
 
 def suite_table(
     suite:dict[str, float], # name -> accuracy
     n_images:int=500,       # images in each, as in `evaluate_suite`
 )->pd.DataFrame:            # accuracy and chance in percent, a row a set
     "The suite as a table, beside chance."
-    rows = {name:(100*acc, 100*suite_set(name, 8, n_images if name in SCENE_SUITE else 2).chance) for name,acc in suite.items()}
+    rows = {name:(100*acc, 100*suite_set(name, 8, n_images if name in SCENE_SUITE else 2).chance)
+            for name,acc in suite.items()}
     return pd.DataFrame(rows, index=["accuracy %", "chance %"]).T.round(1)
