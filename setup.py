@@ -26,5 +26,6 @@ setup(
     package_data={cfg["lib_name"]: ["weights/*", "weights/*/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]}, # links names to their pages and sources
     zip_safe=False,
 )

@@ -15,6 +15,8 @@ import yaml
 from packaging.requirements import Requirement
 
 BIN = Path(sys.executable).parent
+REPO = Path(__file__).parents[1]
+CHAPTERS = sorted((REPO/"nbs").glob("*.ipynb"))
 
 
 def run(*command, cwd, **env):
@@ -45,7 +47,7 @@ def test_export_and_clean_leave_no_difference(repo, tmp_path):
 
 def test_readme_is_the_index(repo, tmp_path):
     run(sys.executable, "-m", "nbconvert", "--no-input", "--to", "markdown", "--output-dir", tmp_path, "--output", "README", repo/"nbs"/"index.ipynb", cwd=repo)
-    made = re.sub(r"\]\((\d\d[a-z]?_)", r"](nbs/\1", (tmp_path/"README.md").read_text()) # chapters lie in nbs/ as seen from the README
+    made = re.sub(r"\]\(([a-z0-9_]+\.ipynb|images/)", r"](nbs/\1", (tmp_path/"README.md").read_text()) # chapters lie in nbs/ as seen from the README
     assert made == (repo/"README.md").read_text(), "run `make readme` and commit"
 
 
@@ -53,10 +55,107 @@ def test_site_lists_every_chapter(repo):
     assert os.readlink(repo/"nbs"/"_quarto.yml") == "../_quarto.yml"
     sidebar = yaml.safe_load((repo/"nbs"/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]
     listed = [page for entry in sidebar for page in (entry["contents"] if isinstance(entry, dict) else [entry])]
-    assert sorted(listed) == sorted(p.name for p in (repo/"nbs").glob("*.ipynb"))
+    assert sorted(listed) == sorted(p.name for p in CHAPTERS)
+    numbered = [page for page in listed if page[0].isdigit()]
+    assert numbered == sorted(numbered), "the path through the book follows the numbers"
+    assert all(re.fullmatch(r"\d\d_[a-z_]+\.ipynb", page) for page in numbered)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1]/"nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def source(cell): return "".join(cell["source"])
+def cells_of(path): return json.loads(path.read_text())["cells"]
+
+
+def test_no_output_is_stale():
+    import execute
+    assert not [p.name for p in execute.stale()], "run `make execute` and commit"
+
+
+def directives(cell): return "\n".join(line for line in source(cell).splitlines() if line.startswith("#|"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_lines_fit_the_page(path):
+    "100 characters where the page shows the code, folded or not; 120 elsewhere."
+    for i,cell in enumerate(cells_of(path)):
+        if cell["cell_type"] != "code": continue
+        limit = 120 if re.search(r"#\|\s*(hide|export)\s*( \w+)?$", directives(cell), re.M) else 100
+        long = [line for line in source(cell).splitlines() if len(line) > limit and not line.startswith("#|")]
+        assert not long, f"cell {i}: {len(long[0])} characters, at most {limit}: {long[0]}"
+
+
+@pytest.mark.parametrize("path", sorted((REPO/"clip_nbdev").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_lines_of_the_package(path):
+    long = [line for line in path.read_text().splitlines() if len(line) > 120]
+    assert not long, long[0]
+
+
+def anchors_of(path):
+    "What a link may lead to in a chapter: its headings, as pandoc names them, its figures and tables, and what it exports."
+    found = set()
+    for cell in cells_of(path):
+        if cell["cell_type"] == "markdown":
+            for title in re.findall(r"^#{2,} +(.+?)\s*(?:\{.*\})?$", source(cell), re.M):
+                name = re.sub(r"[^\w\s.-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "").lower())
+                found.add(re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", name.strip())))
+            found |= set(re.findall(r"\{#([\w-]+)", source(cell)))
+        else:
+            found |= set(re.findall(r"^#\|\s*label:\s*(\S+)", source(cell), re.M))
+            if "#| export" in source(cell): found |= set(re.findall(r"^(?:def|class) (\w+)", source(cell), re.M))
+    return found
+
+
+ANCHORS = {p.name:anchors_of(p) for p in CHAPTERS}
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_links_resolve(path):
+    prose = "\n".join(source(c) for c in cells_of(path) if c["cell_type"] == "markdown")
+    prose = re.sub(r"```.*?```", "", prose, flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if target.startswith(("http://", "https://", "mailto:")): continue
+        name,_,anchor = target.partition("#")
+        assert not name or (path.parent/name).exists(), target
+        if anchor: assert anchor in ANCHORS[name or path.name], f"{target}: there are {sorted(ANCHORS[name or path.name])}"
+    for label in re.findall(r"(?<![\w`])@((?:fig|tbl|eq|sec)-[\w-]+)", prose): assert label in ANCHORS[path.name], label
+    for name in re.findall(r'(?:load|save)_result\("(\w+)"', "\n".join(map(source, cells_of(path)))):
+        number = name.split("_")[0]
+        if number.isdigit() and (path.parent/"results"/f"{name}.json").exists(): continue
+        assert path.stem == "80_core", f"no result {name}"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_title_stands_alone(path):
+    "nbdev makes title and description of the first cell and drops whatever else it holds."
+    left = [line for line in source(cells_of(path)[0]).splitlines() if line.strip() and line[0] not in "#>"]
+    assert not left, left[0]
+    assert re.search(r"^> .", source(cells_of(path)[0]), re.M), "no question"
+
+
+@pytest.fixture(scope="module")
+def pages(repo, tmp_path_factory):
+    "What nbdev makes of the notebooks for Quarto."
+    copy = copy_of(repo, tmp_path_factory.mktemp("pages"))
+    run(BIN/"nbdev_proc_nbs", "--n_workers", "2", cwd=copy, PATH=f"{BIN}:{os.environ['PATH']}", PYTHONPATH=str(copy))
+    return copy/"_proc"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_page_keeps_every_word(path, pages):
+    page = " ".join(source(c) for c in cells_of(pages/path.name) if c["cell_type"] != "code")
+    plain = lambda text: re.sub(r"\s+", "", re.sub(r"\[(`[^`]*`)\]\([^)]*\)", r"\1", text).replace("()`", "`"))
+    page = plain(page)
+    for cell in cells_of(path)[1:]:
+        if cell["cell_type"] == "markdown": assert plain(source(cell)) in page, source(cell)[:200]
+    title = re.search(r"^# (.+)$", source(cells_of(path)[0]), re.M)[1]
+    assert plain(title) in page
+
+
+def test_signatures_link_to_their_source(pages):
+    loss = "".join(json.dumps(c) for c in cells_of(pages/"02_loss.ipynb"))
+    assert re.search(r"clip_nbdev/loss\.py#L\d+\)\{\.source-link\}", loss) and "[]{#clip_loss}" in loss
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_chapter_reads_without_running(path):
     cells = json.loads(path.read_text())["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
@@ -68,7 +167,7 @@ def test_chapter_reads_without_running(path):
     assert path.stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1]/"nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_imports_stand_alone(path):
     "The docs build runs every cell that holds an import: such a cell must not need what other cells define."
     for cell in json.loads(path.read_text())["cells"]:
