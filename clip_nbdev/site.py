@@ -11,10 +11,11 @@ import re
 # %% ../nbs/93_site.ipynb #1999b6e2
 SOURCE = re.compile(r"\[source\]\(([^)]+)\)")
 FENCE,LINK = re.compile(r"```.*?```", re.S),re.compile(r"\[(`[^`]+`)\]\([^)]*\)")
-NESTED = re.compile(r"\[[^\[\]]*(?:\[`[^`]+`\]\([^)]*\)[^\[\]]*)+\]\(") # a link in the text of a link
+# a link in the text of a link
+NESTED = re.compile(r"\[[^\[\]]*(?:\[`[^`]+`\]\([^)]*\)[^\[\]]*)+\]\(")
 
 class Pages:
-    "A processor for nbdev: shows an exported definition once, and links pages of the site relatively."
+    "A processor for nbdev: shows an exported definition once, and links pages relatively."
     host = re.compile(r"\]\(https://[\w-]+\.github\.io/clip_nbdev/(?=[\w-]+\.html)")
 
     def __init__(self,
@@ -30,7 +31,8 @@ class Pages:
                 plain_signature(cell)
                 waiting.append(cell)
                 continue
-            if "exports" in getattr(cell, "directives_", ()) and waiting: kept.append(anchors(waiting))
+            if "exports" in getattr(cell, "directives_", ()) and waiting:
+                kept.append(anchors(waiting))
             else: kept += waiting
             waiting = []
             if cell.cell_type == "code": cell.source = unfolded(cell.source)
