@@ -80,7 +80,7 @@ def save_model(
     folder:str|Path,         # made where it is missing
     **about,                 # further facts for config.json
 ):
-    "Write weights, tokenizer and configuration so that `load` reads them, and open_clip too. Raises UserError where they don't fit together."
+    "Write weights, tokenizer and configuration for `load`, and for open_clip. Raises UserError where they don't fit."
     check_tokenizer(tokenizer, model.config)
     folder = Path(folder)
     aside = folder/"unfinished"
@@ -157,7 +157,7 @@ def assemble(
     state:dict,        # released names, any precision; emptied on the way, so that nothing large is held twice
     where:str,         # for the message
 )->CLIP:               # float32, evaluation mode
-    "A model around given weights, all or none: nothing is drawn at random first. Raises UserError where they don't fit."
+    "A model around given weights, all or none, with nothing drawn at random. Raises UserError where they don't fit."
     try:
         with torch.device("meta"): model = CLIP(config) # shapes without memory
     except (TypeError, ValueError, RuntimeError) as e:
@@ -186,7 +186,7 @@ def load_run(
 
 # %% ../nbs/88_checkpoint.ipynb #638d88cc
 def is_run(folder:Path)->bool: # whether our own training wrote it
-    "Others have a config.json too; ours has the field 'model'. One that is broken is taken for ours, unless open_clip's stands beside it and says enough."
+    "Whether config.json has our field 'model', or is broken and no file of open_clip's stands beside it."
     try: found = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     except OSError: return False
     except (ValueError, RecursionError): found = None
@@ -198,15 +198,15 @@ def is_run(folder:Path)->bool: # whether our own training wrote it
 
 # %% ../nbs/88_checkpoint.ipynb #45abe43b
 def load(
-    name_or_path:str|Path,         # "pocket", which ships; a run, a folder or a file of others, or hf-hub:owner/name; with `weights` a model's name
-    weights:str|Path|None=None,    # where a name's weights are: a path, hf-hub:owner/name, or "openai" to download the released ones
+    name_or_path:str|Path,         # "pocket", a run, a folder, a file, hf-hub:owner/name; with `weights` a model's name
+    weights:str|Path|None=None,    # of a name: a path, hf-hub:owner/name, or "openai" to download the released ones
     quick_gelu:bool|None=None,     # the activation, asked for where neither a name nor a configuration tells it
-    tokenizer=None,                # BPETokenizer, a folder with one, or the released merges file, where the weights come without
+    tokenizer=None,                # BPETokenizer, a folder with one, or the merges file, if the weights come without
     img_size:int|None=None,        # another resolution in pixels: positions are resized
     dtype:torch.dtype=torch.float32, # of the weights
     trust_torchscript:bool=False,  # run a TorchScript archive that OpenAI did not publish
 )->tuple[CLIP, v2.Compose, BPETokenizer]: # model in evaluation mode, preprocess for PIL images, tokenizer
-    "Open a model. Downloads nothing unless asked. Raises UserError where there is none, or where its parts do not fit together."
+    "Open a model. Downloads nothing unless asked. Raises UserError where there is none, or its parts do not fit."
     name = str(name_or_path)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(
@@ -228,7 +228,9 @@ def load(
         model,tokenizer = load_run(folder)
     elif weights is None and not name.startswith(HUB) and not exists(folder):
         others = "weights=PATH or weights='openai'" if name in RELEASES else "weights=PATH"
-        hint = f"; {name!r} is a preset: create_model gives it with random weights, and {others} with trained ones" if name in PRESETS else ""
+        hint = ""
+        if name in PRESETS:
+            hint = f"; {name!r} is a preset: create_model gives it with random weights, and {others} with trained ones"
         raise UserError(
             f"no model in {folder}: `load` takes a folder or a file with weights, "
             f"hf-hub:owner/name, or a name that ships with the package "
@@ -247,7 +249,7 @@ def ship(
     run:str|Path,    # a folder that training wrote
     folder:str|Path, # where the model goes, "clip_nbdev/weights/<name>"
 ):
-    "Write a run's model in half precision, with what it was trained by and what it reached, and nothing else of the run. Raises UserError."
+    "Write a run's model in half precision, with how it was trained and what it reached. Raises UserError."
     model,_,tokenizer = load(run)
     about = json.loads((Path(run)/"config.json").read_text(encoding="utf-8"))
     last = json.loads((Path(run)/"metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -259,7 +261,7 @@ def ship(
 
 # %% ../nbs/88_checkpoint.ipynb #6bd37b7a
 def resize_positions(
-    positions:Tensor, # (1 + G*G, D): first the class token's (of a ResNet's pool, the mean's), then a grid's, row by row
+    positions:Tensor, # (1 + G*G, D): the class token's (in a ResNet's pool the mean's), then a grid's, row by row
     side:int,         # of the new grid
 )->Tensor:            # (1 + side*side, D) same type
     "Positional embeddings for another resolution: the grid is resized as an image would be, bicubically."
@@ -277,7 +279,7 @@ def with_img_size(
     model:CLIP,    # trained
     img_size:int,  # side of the images in pixels
 )->CLIP:           # a copy with the same weights, type and device, in evaluation mode
-    "A model for another resolution (section 2.5 ends with an epoch at 336 pixels). Raises UserError for a size that its tower can't take."
+    "A model for another resolution (section 2.5). Raises UserError for a size that its tower can't take."
     other = CLIP(replace(model.config, img_size=img_size)).to(model.logit_scale.device,
                                                               model.logit_scale.dtype)
     state,wanted = dict(model.state_dict()),other.state_dict()

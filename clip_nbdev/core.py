@@ -143,6 +143,6 @@ def count_ops(
     fn,      # a module or a function
     *inputs, # what it is called with, meta tensors too
 )->int:      # operations of products and convolutions; a multiply-add is two
-    "Operations of one call, counted while it runs, without gradients. Sums, activations and normalisations are left out, as is usual."
+    "Operations of one call without gradients, counted while it runs; as usual, of products and convolutions alone."
     with FlopCounterMode(display=False) as counter, torch.no_grad(): fn(*inputs)
     return counter.get_total_flops()

@@ -275,7 +275,7 @@ def listed(
 def count_images(
     shard:str, # path or address
 )->int:
-    "How many images a shard lists. A local shard's headers are enough; a remote one is read to its end. Raises UserError."
+    "How many images a shard lists, by a local shard's headers; a remote one is read to its end. Raises UserError."
     try:
         if is_remote(shard): how = dict(fileobj=gopen(shard), mode="r|*")
         else:
@@ -346,7 +346,7 @@ class ShardPairs:
                           for shard in progress(self.shards, desc="counting pairs")}
         return sum(self.sizes[shard] for shard in self.shards)
 
-    def share(self, order:list, part:int, n_parts:int)->list[tuple]: # (shard, first sample, the one after the last or None)
+    def share(self, order:list, part:int, n_parts:int)->list[tuple]: # (shard, first sample, one after the last or None)
         "Which samples of which shards a part reads: shares of equal size, cut within a shard where need be."
         if n_parts == 1: return [(shard, 0, None) for shard in order]
         n,at,found = len(self),0,[]
@@ -359,7 +359,7 @@ class ShardPairs:
         return found
 
     def samples(self, part:int=0, n_parts:int=1, seed:int|str|None=None):
-        "One pass over a part of the pairs. With a seed: shards in random order, eight open at once, and a buffer of 2,000 samples."
+        "One pass over a part of the pairs. With a seed: shards shuffled, eight open at once, 2,000 samples buffered."
         shards = list(self.shards)
         if seed is None:
             found = chain.from_iterable(read_piece(*piece)

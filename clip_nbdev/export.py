@@ -31,7 +31,7 @@ def export_hf(
     run:str|Path,    # whatever `load` takes
     folder:str|Path, # made where it is missing; files of an earlier export are replaced
 ):
-    "Write what transformers' CLIPModel, CLIPProcessor and pipelines load. Raises UserError for a ResNet or another model that transformers has no class for."
+    "Write what transformers loads. Raises UserError for a ResNet or another model that it has no class for."
     model,_,tokenizer = load(run)
     config,folder = hf_config(model.config),Path(folder) # first, as it refuses
     if folder.exists() and not folder.is_dir():

@@ -85,7 +85,8 @@ def score(
     return sum(values)/len(values) if values else None
 
 # %% ../nbs/84_report.ipynb #e1175986
-FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up. Likely causes, in this order:
+FLOOR_HELP = """warning: the loss is still within 2% of ln {n} = {floor:.2f}, what guessing gives, after the warm-up.
+Likely causes, in this order:
   1. the learning rate is too high, or far too low: try --lr {lr:g}
   2. images and captions do not belong together, or captions repeat ({dup:.0%} of this batch's captions occur twice)
   3. the temperature does not move (scale {scale:.1f}; it starts at 14.3)
@@ -101,7 +102,7 @@ def guessing(
 
 # %% ../nbs/84_report.ipynb #0909d825
 class Meter:
-    "Losses, speed and the share of time spent waiting for data: writes metrics.jsonl, draws the bar, and without a terminal says a line a minute."
+    "Losses, speed, time spent waiting for data: writes metrics.jsonl, draws the bar, or says a line a minute."
     def __init__(self, trainer):
         cfg,self.trainer,self.show = trainer.cfg,trainer,trainer.acc.is_main_process
         self.file = (cfg.out/"metrics.jsonl").open("a", encoding="utf-8") if self.show else None
@@ -206,7 +207,9 @@ def write_report(
     for table in tables: lines += ["```", table, "```", ""]
     lines += draw_figures(cfg, model, tokenizer, last["batch"], losses)
     (cfg.out/"report.md").write_text("\n".join(lines), encoding="utf-8")
-    skipped = f"skipped {last['broken_images']} broken images and {last['empty_captions']} empty captions" if "used" in last else ""
+    skipped = ""
+    if "used" in last:
+        skipped = f"skipped {last['broken_images']} broken images and {last['empty_captions']} empty captions"
     print(*tables, *([skipped] if skipped else []), sep="\n")
     print(
         f"run folder: {cfg.out} (report.md, metrics.jsonl, figures/); open it by "

@@ -117,7 +117,7 @@ class CheckpointReader(CheckpointFolder):
         path:Path,       # a checkpoint
         fits=None,       # function of what all processes share, called before anything is filled; raises UserError
     )->tuple[dict, dict]: # what all processes share, and what this one had
-        "Load a checkpoint. Raises UserError where it is damaged, belongs to another number of processes, or does not fit."
+        "Load a checkpoint. Raises UserError if it is damaged, of another number of processes, or does not fit."
         self.check(path)
         there = len(list(path.glob("process-*.pt")))
         if there != acc.num_processes:

@@ -25,7 +25,7 @@ from .data import ShardPairs, reason
 def to_rgb(
     img:Image.Image, # any mode
 )->Image.Image:      # RGB
-    "Any image as RGB. Sixteen bits a pixel are scaled to eight: Pillow would cut them off, and nearly all would be white."
+    "Any image as RGB. Sixteen bits a pixel are scaled to eight, where Pillow would cut them off to nearly all white."
     if img.mode.startswith("I"):
         img = Image.fromarray(
             (np.asarray(img).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
@@ -62,7 +62,7 @@ def check_used(
 
 # %% ../nbs/82_stream.ipynb #55e8000c
 class PairStream(IterableDataset):
-    "Decoded pairs for evaluation: each image once, in order, with all its captions; broken images and empty captions are skipped and counted."
+    "Pairs for evaluation: each image once, in order, with all its captions; broken ones are skipped and counted."
     def __init__(self,
         pairs,       # what `open_pairs` gives
         transform,   # PIL image -> (3, H, W) tensor
@@ -157,7 +157,7 @@ def distinct(
     late:list,      # samples put off earlier
     n:int,          # samples wanted
 )->tuple[list, list]: # n samples of n different images, and those put off to the next batch
-    "The next n samples without an image twice, where there are enough of them: an image in two rows is its own false negative."
+    "The next n samples without an image twice, if there are enough: in two rows it would be its own false negative."
     batch,put_off,seen = [],[],set()
     queue = iter(late)
     while len(batch) < n:
@@ -176,7 +176,8 @@ def check_shards(
     need,found = max(1,
                      n_workers)*world,len(pairs.shards) if isinstance(pairs, ShardPairs) else None
     if found is None or found >= need: return
-    mend = f"lower --workers to {found//world}" if found >= world else f"start at most {found} processes, or split the shards"
+    mend = f"start at most {found} processes, or split the shards"
+    if found >= world: mend = f"lower --workers to {found//world}"
     raise UserError(
         f"{max(1, n_workers)} workers x {world} processes need at least {need} shards, found "
         f"{found}: {mend}")
@@ -203,7 +204,7 @@ def draw_batch(
     place:dict, # its place, which moves along
     n:int,      # samples wanted
 )->list:        # n samples
-    "`distinct`, keeping count of the images that were put off, and of those that repeat one of their batch all the same."
+    "`distinct`, with counts of the images that were put off, and of those that repeat one of their batch after all."
     before = {id(sample) for sample in place["late"]}
     batch,place["late"] = distinct(fresh, place["late"], n)
     place["tally"][3] += sum(id(sample) not in before for sample in place["late"])
@@ -212,7 +213,7 @@ def draw_batch(
 
 # %% ../nbs/82_stream.ipynb #2a625d8b
 class TrainStream(IterableDataset):
-    "Training batches for ever: a new order each epoch, one caption an image, no image twice in a batch, and a place to resume from."
+    "Training batches for ever: a new order each epoch, a caption an image, no image twice in a batch; resumable."
     def __init__(self,
         pairs,           # what `open_pairs` gives
         transform,       # PIL image -> (3, H, W) uint8 tensor; may draw from torch's generator
@@ -223,12 +224,13 @@ class TrainStream(IterableDataset):
         n_workers:int=0, # processes that decode; 0 decodes in this one
     ):
         check_shards(pairs, n_workers, world)
-        self.pairs,self.transform,self.batch_size,self.seed,self.rank,self.world,self.n_workers = pairs,transform,batch_size,seed,rank,world,n_workers
+        self.pairs,self.transform,self.batch_size,self.seed = pairs,transform,batch_size,seed
+        self.rank,self.world,self.n_workers = rank,world,n_workers
         # where each reader stands after the last batch that was taken from it
         self.places,self.n_given = {},0
 
     @property
-    def counts(self)->Tensor: # used, broken, empty, put off, repeated all the same; of all readers, up to the last batch taken
+    def counts(self)->Tensor: # used, broken, empty, put off, repeated after all; of all readers, up to the last batch
         return sum((place["tally"] for place in self.places.values()),
                    torch.zeros(5, dtype=torch.long))
 
