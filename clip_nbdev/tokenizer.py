@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['END', 'SOS', 'EOS', 'WORDS', 'N_OPENAI_MERGES', 'OPENAI_MERGES_SHA256', 'byte_chars', 'clean', 'to_words', 'merge',
-           'base_pieces', 'learn_merges', 'BPE', 'decode_pieces', 'rust_tokenizer', 'read_openai_merges',
-           'save_tokenizer', 'read_tokenizer', 'BPETokenizer', 'check_ctx_len', 'fill_rows']
+           'base_pieces', 'learn_merges', 'BPE', 'decode_pieces', 'rust_tokenizer', 'BPETokenizer', 'check_ctx_len',
+           'fill_rows', 'read_openai_merges', 'save_tokenizer', 'read_tokenizer']
 
 # %% ../nbs/10_tokenizer.ipynb #fc802f64
 import gzip
@@ -28,7 +28,7 @@ from .core import UserError, progress
 # %% ../nbs/10_tokenizer.ipynb #4b6679bc
 @lru_cache
 def byte_chars()->dict[int, str]: # 256 entries, in the order of their token ids
-    "A printable character for each byte: printable Latin-1 stands for itself, the other 68 bytes move up past 255."
+    "A printable character for each byte: Latin-1 where it is printable, else one past U+00FF."
     shown = [*range(ord("!"), ord("~")+1), *range(ord("¡"), ord("¬")+1),
              *range(ord("®"), ord("ÿ")+1)]
     hidden = [b for b in range(256) if b not in shown]
@@ -41,7 +41,7 @@ SOS,EOS = "<|startoftext|>","<|endoftext|>"
 def clean(
     text:str, # any text
 )->str:       # lower case, single spaces
-    "CLIP's cleaning: mend broken Unicode, undo HTML entities (twice: the web escapes twice), fold white space, lower-case. Raises UserError for what is no string."
+    "Mend Unicode, undo HTML entities twice, fold white space, lower-case. UserError: no string."
     if not isinstance(text, str):
         raise UserError(f"a text must be a string, and this is {type(text).__name__}: {text!r:.60}")
     # nothing that ftfy or unescape would touch
@@ -79,10 +79,10 @@ def base_pieces()->list[str]: # 512
 
 # %% ../nbs/10_tokenizer.ipynb #571a3620
 def learn_merges(
-    texts,       # an iterable of captions
-    n_merges:int,# how many at most; fewer where no pair occurs twice
+    texts,        # an iterable of captions
+    n_merges:int, # how many at most; fewer where no pair occurs twice
 )->list[tuple[str, str]]: # the merges in the order they were learned
-    "Byte-pair encoding: again and again, join the pair of neighbours that is most frequent (ties: the pair whose pieces are oldest)."
+    "Join the most frequent pair of neighbours, again and again; of equals, the oldest pieces."
     if isinstance(texts, str): raise UserError("texts must be a list of captions, not one string")
     words = Counter(w for t in texts for w in to_words(clean(t)))
     pieces = {w:(*w[:-1], w[-1]+END) for w in words}
@@ -131,13 +131,13 @@ class BPE:
     def encode(self,
         text:str, # any text
     )->list[int]: # ids without [SOS] and [EOS]
-        "The slow path, in plain Python: what the chapter explains."
+        "Ids of a text, by the slow path in plain Python."
         return [self.ids[piece] for word in to_words(clean(text)) for piece in self.bpe(word)]
 
     def decode(self,
         ids, # an iterable of ids
     )->str:  # cleaned text; [SOS], [EOS] and what stands behind [EOS] are left out
-        "Ids back to text, a space behind each word. Raises UserError for an id outside the vocabulary."
+        "Ids back to text, a space behind each word. UserError: an id outside the vocabulary."
         return decode_pieces(self.vocab, [int(i) for i in ids])
 
 # %% ../nbs/10_tokenizer.ipynb #e063cb93
@@ -153,8 +153,7 @@ def decode_pieces(
     for i in ids:
         if not 0 <= i <= eos_id:
             raise UserError(
-                f"id {i} is outside this vocabulary of {len(vocab)}: was it made by another "
-                f"tokenizer?")
+                f"id {i} is outside this vocabulary of {len(vocab)}: was it made by another tokenizer?")
         if i == sos_id: continue
         piece = vocab[i]
         out += bytes(bytes_of[c] for c in piece.removesuffix(END)) + b" "*piece.endswith(END)
@@ -167,15 +166,91 @@ def rust_tokenizer(
     "The same tokenizer, run by the `tokenizers` library."
     rust = tokenizers.Tokenizer(models.BPE(vocab=dict(bpe.ids), merges=list(bpe.merges),
                                            end_of_word_suffix=END))
-    rust.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS.pattern), "removed", invert=True),
-                                                  pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False)])
+    words = pre_tokenizers.Split(Regex(WORDS.pattern), "removed", invert=True)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     return rust
+
+# %% ../nbs/10_tokenizer.ipynb #c32114f8
+class BPETokenizer(BPE):
+    "CLIP's tokenizer: byte-level BPE, lower-case, [SOS] and [EOS]. Texts to (B, ctx_len) ids."
+    def __init__(self,
+        merges:list[tuple[str, str]], # in the order they were learned
+        ctx_len:int=77,               # default length of a text in tokens, [SOS] and [EOS] counted
+    ):
+        super().__init__(merges)
+        self.ctx_len,self.fast = check_ctx_len(ctx_len),rust_tokenizer(self)
+
+    def __repr__(self): return f"BPETokenizer({len(self):,} tokens, ctx_len {self.ctx_len})"
+
+    @classmethod
+    def train(cls, texts, vocab_size:int, ctx_len:int=77)->"BPETokenizer":
+        "Learn at most `vocab_size` tokens from captions. UserError: below 515, no room for merges."
+        if vocab_size < 515:
+            raise UserError(f"vocab_size {vocab_size} leaves no room: "
+                            "512 byte symbols, [SOS] and [EOS] come first")
+        return cls(learn_merges(texts, vocab_size-514), ctx_len)
+
+    @classmethod
+    def from_openai(cls, merges_file:str|Path, ctx_len:int=77)->"BPETokenizer":
+        "The released vocabulary of 49,408 tokens, from CLIP's bpe_simple_vocab_16e6.txt.gz."
+        return cls(read_openai_merges(merges_file), ctx_len)
+
+    @classmethod
+    def load(cls, folder:str|Path, ctx_len:int|None=None)->"BPETokenizer":
+        "Read what `save` wrote. Raises UserError where there is nothing, or something else."
+        try: return cls(*read_tokenizer(folder, ctx_len))
+        except UserError: raise
+        # what broken JSON holds can't be foreseen
+        except Exception as e:
+            why = f"{type(e).__name__}: {e}"
+            raise UserError(f"the tokenizer in {folder} can't be read: {why}") from None
+
+    def save(self, folder:str|Path):
+        "Write tokenizer.json and tokenizer_config.json, for `load`, transformers and open_clip."
+        save_tokenizer(self, folder, self.ctx_len)
+
+    def __call__(self,
+        texts:str|list[str],     # one text or several
+        ctx_len:int|None=None,   # length of the rows, default self.ctx_len
+        truncate:bool=False,     # cut what is too long, keeping [EOS]
+    )->Tensor:                   # (B, ctx_len) int64, padded with 0 behind [EOS]
+        "Texts to ids. Raises UserError for a text that does not fit, with what would be cut."
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        encoded = self.fast.encode_batch([clean(t) for t in texts], add_special_tokens=False)
+        ctx_len = check_ctx_len(self.ctx_len if ctx_len is None else ctx_len)
+        return fill_rows(self, texts, [e.ids for e in encoded], ctx_len, truncate)
+
+# %% ../nbs/10_tokenizer.ipynb #ae98d5e5
+def check_ctx_len(
+    ctx_len:int, # asked for
+)->int:
+    "The same number. Raises UserError where no text fits between [SOS] and [EOS]."
+    if ctx_len < 3:
+        raise UserError(f"ctx_len {ctx_len} has no room for a text: [SOS] and [EOS] take two tokens, so at least 3")
+    return ctx_len
+
+def fill_rows(
+    bpe:BPE,                 # knows [SOS] and [EOS]
+    texts:list[str],         # for the message
+    encoded:list[list[int]], # ids of each text
+    ctx_len:int,             # length of the rows
+    truncate:bool,           # cut what is too long, or refuse it
+)->Tensor:                   # (B, ctx_len) int64, padded with 0
+    "Put [SOS] and [EOS] around each text. Raises UserError for a text that does not fit."
+    out,room = torch.zeros(len(texts), ctx_len, dtype=torch.long),ctx_len-2
+    for row,text,ids in zip(out, texts, encoded):
+        if len(ids) > room and not truncate:
+            raise UserError(
+                f"a text has {len(ids)+2} tokens with [SOS] and [EOS], and the context length is {ctx_len}: "
+                f"{bpe.decode(ids[room:room+12])!r} would be cut from {text[:60]!r}; shorten it or pass truncate=True")
+        ids = [bpe.sos_id, *ids[:room], bpe.eos_id]
+        row[:len(ids)] = torch.tensor(ids)
+    return out
 
 # %% ../nbs/10_tokenizer.ipynb #07330144
 N_OPENAI_MERGES = 49152 - 256 - 2
-# of these lines: wrong merges give ids too, and nobody notices
+# of these lines: wrong merges give ids too
 OPENAI_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 
 def read_openai_merges(
@@ -207,17 +282,13 @@ def save_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     rust.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    rust.post_processor = processors.TemplateProcessing(single=f"{SOS} $A {EOS}",
-                                                        special_tokens=[
-        (SOS,bpe.sos_id), (EOS,bpe.eos_id)])
-    rust.decoder = decoders.Sequence([decoders.Replace(END, byte_chars()[ord(" ")]),
-                                      decoders.ByteLevel()])
+    rust.post_processor = processors.TemplateProcessing(
+        single=f"{SOS} $A {EOS}", special_tokens=[(SOS,bpe.sos_id), (EOS,bpe.eos_id)])
+    rust.decoder = decoders.Sequence([decoders.Replace(END, byte_chars()[ord(" ")]), decoders.ByteLevel()])
     rust.add_special_tokens([SOS, EOS])
     rust.save(str(folder/"tokenizer.json"))
-    about = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=SOS, eos_token=EOS,
-                 pad_token=EOS, unk_token=EOS,
-                 model_max_length=ctx_len, clean_up_tokenization_spaces=False,
-                 split_special_tokens=True)
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=SOS, eos_token=EOS, pad_token=EOS, unk_token=EOS,
+                 model_max_length=ctx_len, clean_up_tokenization_spaces=False, split_special_tokens=True)
     (folder/"tokenizer_config.json").write_text(json.dumps(about, indent=1)+"\n", encoding="utf-8")
 
 # %% ../nbs/10_tokenizer.ipynb #7ac9a1c2
@@ -233,91 +304,6 @@ def read_tokenizer(
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
               for m in saved["model"].get("merges", ())]
     if BPE(merges).ids != saved["model"]["vocab"]:
-        raise UserError(
-            f"{files[0]} is not a CLIP tokenizer: its ids are not bytes, then merges, then [SOS] "
-            f"and [EOS]")
-    length = about["model_max_length"] if ctx_len is None else about.get(
-        "model_max_length") or ctx_len
+        raise UserError(f"{files[0]} is not a CLIP tokenizer: its ids are not bytes, then merges, then [SOS] and [EOS]")
+    length = about["model_max_length"] if ctx_len is None else about.get("model_max_length") or ctx_len
     return merges, length if ctx_len is None else min(length, ctx_len)
-
-# %% ../nbs/10_tokenizer.ipynb #c32114f8
-class BPETokenizer(BPE):
-    "CLIP's tokenizer: byte-level BPE with lower-casing, [SOS] and [EOS]. Called on texts it gives a (B, ctx_len) tensor of ids."
-    def __init__(self,
-        merges:list[tuple[str, str]], # in the order they were learned
-        ctx_len:int=77,               # default length of a text in tokens, [SOS] and [EOS] counted
-    ):
-        super().__init__(merges)
-        self.ctx_len,self.fast = check_ctx_len(ctx_len),rust_tokenizer(self)
-
-    def __repr__(self): return f"BPETokenizer({len(self):,} tokens, ctx_len {self.ctx_len})"
-
-    @classmethod
-    def train(cls, texts, vocab_size:int, ctx_len:int=77)->"BPETokenizer":
-        "Learn at most `vocab_size` tokens from captions, 514 of which are bytes, [SOS] and [EOS]. Raises UserError where no room is left for merges."
-        if vocab_size < 515:
-            raise UserError(
-                f"vocab_size {vocab_size} leaves no room: 512 byte symbols, [SOS] and [EOS] come "
-                f"first")
-        return cls(learn_merges(texts, vocab_size-514), ctx_len)
-
-    @classmethod
-    def from_openai(cls, merges_file:str|Path, ctx_len:int=77)->"BPETokenizer":
-        "The released vocabulary of 49,408 tokens, from CLIP's bpe_simple_vocab_16e6.txt.gz."
-        return cls(read_openai_merges(merges_file), ctx_len)
-
-    @classmethod
-    def load(cls, folder:str|Path, ctx_len:int|None=None)->"BPETokenizer":
-        "Read what `save` wrote. Raises UserError where there is nothing, or something else."
-        try: return cls(*read_tokenizer(folder, ctx_len))
-        except UserError: raise
-        # what broken JSON holds can't be foreseen
-        except Exception as e:
-            raise UserError(
-                f"the tokenizer in {folder} can't be read: {type(e).__name__}: {e}") from None
-
-    def save(self, folder:str|Path):
-        "Write tokenizer.json and tokenizer_config.json, for `load`, transformers and open_clip."
-        save_tokenizer(self, folder, self.ctx_len)
-
-    def __call__(self,
-        texts:str|list[str],     # one text or several
-        ctx_len:int|None=None,   # length of the rows, default self.ctx_len
-        truncate:bool=False,     # cut what is too long, keeping [EOS]
-    )->Tensor:                   # (B, ctx_len) int64, padded with 0 behind [EOS]
-        "Texts to ids. Raises UserError for a text that does not fit, with what would be cut."
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        encoded = self.fast.encode_batch([clean(t) for t in texts], add_special_tokens=False)
-        return fill_rows(self, texts, [e.ids for e in encoded],
-                         check_ctx_len(self.ctx_len if ctx_len is None else ctx_len), truncate)
-
-# %% ../nbs/10_tokenizer.ipynb #ae98d5e5
-def check_ctx_len(
-    ctx_len:int, # asked for
-)->int:
-    "The same number. Raises UserError where no text fits between [SOS] and [EOS]."
-    if ctx_len < 3:
-        raise UserError(
-            f"ctx_len {ctx_len} has no room for a text: [SOS] and [EOS] take two tokens, so at "
-            f"least 3")
-    return ctx_len
-
-def fill_rows(
-    bpe:BPE,               # knows [SOS] and [EOS]
-    texts:list[str],       # for the message
-    encoded:list[list[int]], # ids of each text
-    ctx_len:int,           # length of the rows
-    truncate:bool,         # cut what is too long, or refuse it
-)->Tensor:                 # (B, ctx_len) int64, padded with 0
-    "Put [SOS] and [EOS] around each text. Raises UserError for a text that does not fit."
-    out,room = torch.zeros(len(texts), ctx_len, dtype=torch.long),ctx_len-2
-    for row,text,ids in zip(out, texts, encoded):
-        if len(ids) > room and not truncate:
-            raise UserError(
-                f"a text has {len(ids)+2} tokens with [SOS] and [EOS], and the context length is "
-                f"{ctx_len}: "
-                            f"{bpe.decode(ids[room:room+12])!r} would be cut from {text[:60]!r}; "
-                            f"shorten it or pass truncate=True")
-        ids = [bpe.sos_id, *ids[:room], bpe.eos_id]
-        row[:len(ids)] = torch.tensor(ids)
-    return out
