@@ -172,7 +172,7 @@ def load_torchscript(
 
 # %% ../nbs/86_sources.ipynb #9b7d26b6
 def oddity(
-    tensor:Tensor, # that can't be a weight
+    tensor:torch.Tensor, # that can't be a weight
 )->str:            # in words
     "What is odd about it."
     if tensor.is_quantized: return "quantised"
