@@ -33,7 +33,7 @@ def length_slices(
 
 # %% ../nbs/12_text.ipynb #61552aa6
 class TextTransformer(nn.Module):
-    "CLIP's text tower: a causal transformer, read at [EOS], normalised and projected (section 2.4)."
+    "CLIP's text tower: a causal transformer, read at [EOS], normalised, projected (section 2.4)."
     def __init__(self,
         embed_dim:int,        # of the shared space
         ctx_len:int=77,       # longest text in tokens
@@ -62,17 +62,17 @@ class TextTransformer(nn.Module):
         tokens:Tensor, # (B, L) ids
         end:Tensor,    # (B,) where each text ends, below L
     )->Tensor:         # (B, E)
-        "The tower on a rectangle of tokens, as it stands. The last block computes only what is read."
+        "Embed a rectangle of tokens as it stands. The last block computes only what is read."
         return self.ln_final(self.transformer(self.embed(tokens), at=end)) @ self.text_projection
 
     def forward(self,
         tokens:Tensor,   # (B, L) ids, L at most ctx_len
         n_slices:int=4,  # the batch is run in so many slices of like length; 1 runs it whole
     )->Tensor:           # (B, E)
+        "Embed texts, read at [EOS]. Raises ValueError for a bad shape or a text without [EOS]."
         if tokens.ndim != 2 or tokens.shape[1] > self.ctx_len:
-            raise ValueError(
-                f"tokens of shape {tuple(tokens.shape)} must be (B, L), L at most ctx_len "
-                f"{self.ctx_len}")
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be (B, L), "
+                             f"L at most ctx_len {self.ctx_len}")
         end = eos_position(tokens, self.eos_id)
         # small slices cost more in launches than they save
         if len(tokens) < 16*n_slices: n_slices = 1
@@ -81,12 +81,12 @@ class TextTransformer(nn.Module):
                          for rows in slices])
         return emb[torch.cat(slices).argsort()]
 
-# %% ../nbs/12_text.ipynb #0e167a1b
+# %% ../nbs/45_words.ipynb #0e167a1b
 def lm_loss(
     tower:TextTransformer, # any mode
     tokens:Tensor,         # (B, L) ids, L at most ctx_len
 )->Tensor:                 # scalar, in nats a token
-    "Cross-entropy of each next token up to [EOS], with the token embeddings as output weights: what the causal mask was kept for (section 2.4)."
+    "Cross-entropy of each next token up to [EOS] (section 2.4). Raises ValueError without [EOS]."
     end = eos_position(tokens, tower.eos_id)
     tokens = tokens[:, :int(end.max())+1]
     states = tower.ln_final(tower.transformer(tower.embed(tokens)))[:,:-1]
@@ -94,9 +94,9 @@ def lm_loss(
     known = torch.arange(states.shape[1], device=tokens.device) < end[:,None]
     return F.cross_entropy(states[known] @ tower.token_embedding.weight.T, tokens[:,1:][known])
 
-# %% ../nbs/12_text.ipynb #4d865bce
+# %% ../nbs/45_words.ipynb #4d865bce
 class BagOfWords(nn.Module):
-    "The text tower that the paper's pseudo-code also allows (CBOW): the mean of the token embeddings, in which order is lost."
+    "The mean of the token embeddings, in which order is lost (CBOW in the code of figure 3)."
     def __init__(self,
         embed_dim:int,        # of the shared space
         ctx_len:int=77,       # longest text in tokens
@@ -115,6 +115,7 @@ class BagOfWords(nn.Module):
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def forward(self, tokens:Tensor)->Tensor: # (B, L) ids -> (B, E)
+        "Embed texts of any length. Raises ValueError for a text without [EOS]."
         end = eos_position(tokens, self.eos_id)
         inside = torch.arange(tokens.shape[1], device=tokens.device) < end[:,None]
         inside[:,0] = False # [SOS] stands in every text
