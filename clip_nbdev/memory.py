@@ -23,7 +23,7 @@ from .transformer import ResidualAttentionBlock
 def frozen_statistics(
     module:nn.Module, # any
 ):
-    "While it lasts, BatchNorms move copies of their running statistics, which are then forgotten: for computing something twice."
+    "While it lasts, BatchNorms move copies of their statistics: for computing something twice."
     kept = [(m._buffers, dict(m._buffers)) for m in module.modules() if isinstance(m, _BatchNorm)]
     for buffers,values in kept:
         buffers.update({name:value.clone() for name,value in values.items() if value is not None})
@@ -34,7 +34,7 @@ def frozen_statistics(
 def checkpoint_blocks(
     model:nn.Module, # a CLIP or one of its towers, changed in place
 )->int:              # how many blocks
-    "Gradient checkpointing (section 2.5): each residual block keeps its input alone and is computed again in the backward pass."
+    "Gradient checkpointing (section 2.5): each residual block keeps nothing but its input."
     blocks = [m for m in model.modules() if isinstance(m, (ResidualAttentionBlock, Bottleneck))]
     for block in blocks:
         contexts = partial(lambda b: (nullcontext(), frozen_statistics(b)), block)
@@ -44,7 +44,7 @@ def checkpoint_blocks(
 
 # %% ../nbs/22_memory.ipynb #29080331
 class Draws:
-    "The state of the random generators, to be replayed, so that dropout drops the same a second time."
+    "The state of the random generators, to be replayed: dropout drops the same a second time."
     def __init__(self, device:torch.device):
         self.devices = [device] if device.type == "cuda" else []
         self.states = torch.get_rng_state(),[torch.cuda.get_rng_state(d) for d in self.devices]
@@ -58,7 +58,7 @@ class Draws:
 
 # %% ../nbs/22_memory.ipynb #2d0d15ed
 def cached_backward(
-    embed,               # (images, tokens) -> (img_emb, txt_emb, scale, ...): both towers, then scalars
+    embed,               # (images, tokens) -> (img_emb, txt_emb, scale, ...)
     loss_of,             # of what `embed` gives, over the pairs of all processes
     images:Tensor,       # (B, 3, H, W) this process's batch
     tokens:Tensor,       # (B, L)
@@ -67,22 +67,24 @@ def cached_backward(
     backward=Tensor.backward, # of the loss; accelerate's scales it in half precision
     no_sync=nullcontext, # context in which gradients are not averaged over processes yet
 )->tuple[Tensor, ...]:   # loss, img_emb, txt_emb, scale, ..., without graph
-    "Add the gradients of the whole batch's loss to the parameters, in the towers' memory for a micro-batch (Gao et al., 2021)."
+    "Add gradients of the whole batch's loss, in the memory of a micro-batch (Gao et al., 2021)."
     if len(images) != len(tokens):
         raise ValueError(f"{len(images)} images and {len(tokens)} texts are no pairs")
     parts = list(zip(images.split(micro_batch), tokens.split(micro_batch)))
+    # 1. embeddings, without a graph
     with torch.no_grad(), frozen_statistics(model):
         draws,outs = zip(*[(Draws(images.device), embed(*part)) for part in parts])
     rows = [torch.cat(embs).requires_grad_() for embs in list(zip(*outs))[:2]]
     scalars = [x.detach().clone().requires_grad_() for x in outs[0][2:]]
+    # 2. the loss, once, and the gradient of each embedding
     loss = loss_of(*rows, *scalars)
     backward(loss)
-    for k,(part,draw,
-           *d_rows) in enumerate(zip(parts, draws, *(x.grad.split(micro_batch) for x in rows))):
-        # the scalars have their whole gradient already: it is handed over once
+    # 3. a part at a time: embed again, hand the gradient on; that of the scalars once
+    of_rows = zip(*(x.grad.split(micro_batch) for x in rows))
+    for k,(part,draw,d_rows) in enumerate(zip(parts, draws, of_rows)):
         last = k == len(parts)-1
         with nullcontext() if last else no_sync(), draw.replayed():
-            grads = d_rows + [x.grad if last else torch.zeros_like(x) for x in scalars]
+            grads = [*d_rows, *(x.grad if last else torch.zeros_like(x) for x in scalars)]
             reached = [(out, grad) for out,grad in zip(embed(*part), grads) if out.requires_grad]
             torch.autograd.backward(*zip(*reached))
     return loss.detach(), *(x.detach() for x in (*rows, *scalars))
@@ -92,7 +94,7 @@ def stochastic_round(
     x:Tensor, # float32, any shape
     generator:torch.Generator|None=None, # on x's device; None for the global one
 )->Tensor:    # bfloat16
-    "Round each number to one of its two neighbours, with the probabilities that keep its mean (section 2.5)."
+    "Round to one of the two neighbours, with probabilities that keep the mean (section 2.5)."
     # bfloat16 is the upper half of float32's bits:
     noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
     # a random lower half carries as often as it should
@@ -120,7 +122,8 @@ def adam_step(
 
 # %% ../nbs/22_memory.ipynb #030dcccb
 class SmallAdamW(torch.optim.Optimizer):
-    "AdamW that computes in float32 and stores its statistics, and weights that are bfloat16, stochastically rounded (section 2.5). Raises UserError for other types."
+    """AdamW that computes in float32 and stores statistics and bfloat16 weights stochastically
+    rounded (section 2.5). Raises UserError for other types."""
     def __init__(self,
         params,                        # as for torch.optim.AdamW
         lr:float=1e-3,                 # learning rate
@@ -128,15 +131,14 @@ class SmallAdamW(torch.optim.Optimizer):
         eps:float=1e-8,                # added to the denominator
         weight_decay:float=0.,         # decoupled
         stats_dtype=torch.bfloat16,    # of the statistics: torch.bfloat16 or torch.float32
-        stochastic:bool=True,          # round by lot, or to the nearest
+        stochastic:bool=True,          # round stochastically, or to the nearest
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.stats_dtype,self.stochastic = stats_dtype,stochastic
-        wrong = {stats_dtype,
-                 *(p.dtype for p in self.all_params())} - {torch.float32, torch.bfloat16}
-        if wrong:
-            raise UserError(
-                f"no {wrong.pop()} here: weights and statistics are stored as float32 or bfloat16")
+        types = {stats_dtype, *(p.dtype for p in self.all_params())}
+        if wrong := types - {torch.float32, torch.bfloat16}:
+            raise UserError(f"no {wrong.pop()} here: weights and statistics are stored as float32 "
+                            f"or bfloat16")
 
     def all_params(self)->list: return [p for group in self.param_groups for p in group["params"]]
 
@@ -148,27 +150,26 @@ class SmallAdamW(torch.optim.Optimizer):
         for k,(p,group) in enumerate(moving):
             state = self.state[p]
             if not state:
-                state.update(step=0,
-                             **{name:torch.zeros_like(p, dtype=self.stats_dtype)
-                                for name in ("mean", "square")})
+                zeros = {name:torch.zeros_like(p, dtype=self.stats_dtype)
+                         for name in ("mean", "square")}
+                state.update(step=0, **zeros)
             state["step"] += 1
-            homes,options = (p, state["mean"],
-                             state["square"]),{name:group[name]
-                             for name in ("lr", "betas", "eps", "weight_decay")}
+            homes = p, state["mean"], state["square"]
+            options = {name:group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             weight,mean,square = (home.float() for home in homes)
             values = adam_step(weight, p.grad.float(), mean, square, state["step"], **options)
             # the same in every process, and after a resume
-            lot = torch.Generator(p.device).manual_seed(2**16*state["step"] + k)
+            rng = torch.Generator(p.device).manual_seed(2**16*state["step"] + k)
             for home,value in zip(homes, values):
-                home.copy_(stochastic_round(value, lot) if self.stochastic
-                           and home.dtype == torch.bfloat16 else value)
+                rounds = self.stochastic and home.dtype == torch.bfloat16
+                home.copy_(stochastic_round(value, rng) if rounds else value)
         return loss
 
     def load_state_dict(self, state:dict):
         "As every optimiser's, but torch would give the statistics the parameters' type."
         super().load_state_dict(state)
-        for p,k in zip(self.all_params(),
-                       (k for group in state["param_groups"] for k in group["params"])):
+        keys = (k for group in state["param_groups"] for k in group["params"])
+        for p,k in zip(self.all_params(), keys):
             for name in ("mean", "square") if k in state["state"] else ():
-                self.state[p][name] = state["state"][k][name].to(p.device, self.stats_dtype,
-                                                                 copy=True)
+                stored = state["state"][k][name]
+                self.state[p][name] = stored.to(p.device, self.stats_dtype, copy=True)

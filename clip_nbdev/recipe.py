@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESNET', 'VIT', 'PAPER_LR', 'PAPER_BATCH', 'RECIPES', 'SMALL', 'RUN_FILES', 'DataOptions', 'RecipeOptions',
-           'TrainConfig', 'check_numbers', 'check_together', 'check_folder', 'check', 'parameter_groups', 'lr_at',
-           'bf16_is_faster', 'pick_precision', 'n_cores', 'preset_of', 'resolve']
+           'TrainConfig', 'parameter_groups', 'lr_at', 'bf16_is_faster', 'pick_precision', 'n_cores', 'preset_of',
+           'check_numbers', 'check_model', 'check_together', 'check_folder', 'check_parts', 'check', 'resolve']
 
 # %% ../nbs/20_recipe.ipynb #b212b591
 import json
@@ -26,179 +26,85 @@ from .core import UserError
 @dataclass
 class DataOptions:
     "What is learned from, and what is evaluated on."
-    data:str="glyphs"              # what to train on: glyphs, a shard pattern (train-{0000..0005}.tar), a .csv or .tsv, torchvision:NAME, or a folder
+    data:str="glyphs" # what to train on: glyphs, shards (train-{0000..0005}.tar), .csv, .tsv, torchvision:NAME, folder
     eval_data:str|None=None        # pairs for retrieval (recall at 1, 5, 10), in any form that --data takes
     image_col:str="filepath"       # column of the image paths in a table
     caption_col:str="caption"      # column of the captions in a table
-    crop_scale:float=0.9           # smallest share of an image's area that the random square crop keeps (not for glyphs)
+    crop_scale:float=0.9           # smallest share of the area that the random square crop keeps (not for glyphs)
     merges:str|None=None           # CLIP's released merges; default: a vocabulary learned from the captions
-    workers:int=0                  # processes that read and decode images, for each training process; 0 reads in the process itself
+    workers:int=0                  # image-reading processes for each training process; 0 reads in the process itself
     scenes:float=0.0               # share of images with several glyphs, 0 to 1 (glyphs only)
-    variants:int=0                 # half of the scenes come in families of so many more, which differ in one word; 0 for none (glyphs only)
-    hold_out_val:bool=False        # keep the validation concepts out too and evaluate on them: for choosing a design (glyphs only)
-    extra_fonts:tuple[str, ...]=() # font files whose characters are added, colour emoji fonts too (glyphs only)
+    variants:int=0                 # half of the scenes bring so many more that differ in a word; 0: none (glyphs only)
+    hold_out_val:bool=False        # hold out and evaluate the validation concepts, to choose a design (glyphs only)
+    extra_fonts:tuple[str, ...]=() # fonts whose characters are added, colour emoji fonts too (glyphs only)
 
 # %% ../nbs/20_recipe.ipynb #af252078
 @dataclass
 class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
-    preset:str|None=None                                   # model configuration; default that of --init, else small for the glyphs, photos for anything else
-    init:Path|None=None                                    # run folder whose weights and vocabulary to begin with
-    img_size:int|None=None                                 # side of the images in pixels; default the preset's. With --init, positional embeddings are resized
-    text_tower:Literal["transformer", "bow"]="transformer" # the causal transformer, or a bag of words (no word order)
-    minutes:float|None=None                                # train so many minutes, set-up and evaluation aside. Give one of --minutes, --steps, --epochs; without any, 9.5 minutes
-    steps:int|None=None                                    # train so many optimiser steps
-    epochs:float|None=None                                 # train so many passes over the data
-    batch_size:int|None=None                               # pairs a step in each process: a step of four processes has four times as many; default the preset's
-    micro_batch:int|None=None                              # pairs that go through the towers at a time: the loss contrasts the whole batch all the same, BatchNorm averages over a part; default all
-    lr:float|None=None                                     # peak learning rate; default the preset's
-    warmup:int|None=None                                   # steps in which the learning rate rises; default the preset's
-    weight_decay:float|None=None                           # decay of weights; gains, biases and the temperature have none; default the preset's
-    beta1:float=0.9                                        # Adam's first decay rate
-    beta2:float|None=None                                  # Adam's second decay rate; default the preset's
-    eps:float|None=None                                    # Adam's epsilon; default the preset's
-    grad_clip:float=1.0                                    # largest norm of the gradient
-    freeze_bn:bool=False                                   # keep BatchNorm's statistics as --init has them: for pairs of one kind, which would shift them
-    loss:Literal["clip", "siglip"]="clip"                  # the paper's loss, or SigLIP's sum of yes-no questions
-    lm_weight:float=0.0                                    # weight of a language-model loss on the text tower, which the paper's causal mask leaves room for; 0 for none
-    local_loss:bool=True                                   # each process computes the similarities of its own images, or all
-    gather_with_grad:bool=True                             # texts of other processes get their gradient; a local loss needs it
-    chunk_size:int|None=None                               # rows of the similarities in memory at a time; default all, or 1024 where a step has more than 8192 pairs
+    preset:str|None=None       # model configuration; default that of --init, else small for glyphs, photos otherwise
+    init:Path|None=None        # run folder whose weights and vocabulary to begin with
+    img_size:int|None=None     # side of the images in pixels; default the preset's; resizes --init's positions
+    text_tower:Literal["transformer", "bow"]="transformer" # the causal transformer, or a bag of words (no order)
+    minutes:float|None=None    # so long, set-up and evaluation aside; give one of minutes, steps, epochs; default 9.5
+    steps:int|None=None        # train so many optimiser steps
+    epochs:float|None=None     # train so many passes over the data
+    batch_size:int|None=None   # pairs a step in each process (four processes: four times as many); default the preset's
+    micro_batch:int|None=None  # pairs in the towers at a time: same loss, BatchNorm averages over a part; default all
+    lr:float|None=None         # peak learning rate; default the preset's
+    warmup:int|None=None       # steps in which the learning rate rises; default the preset's
+    weight_decay:float|None=None # decay of weights; none for gains, biases, temperature; default the preset's
+    beta1:float=0.9            # Adam's first decay rate
+    beta2:float|None=None      # Adam's second decay rate; default the preset's
+    eps:float|None=None        # Adam's epsilon; default the preset's
+    grad_clip:float=1.0        # largest norm of the gradient
+    freeze_bn:bool=False       # keep BatchNorm's statistics as in --init: for pairs of one kind, which would shift them
+    loss:Literal["clip", "siglip"]="clip" # the paper's loss, or SigLIP's sum of yes-no questions
+    lm_weight:float=0.0        # weight of a language-model loss on the text tower, beside the other; 0 for none
+    local_loss:bool=True       # each process computes the similarities of its own images, or all
+    gather_with_grad:bool=True # texts of other processes get their gradient; a local loss needs it
+    chunk_size:int|None=None   # rows of similarities in memory; default all, or 1024 at more than 8192 pairs a step
 
 # %% ../nbs/20_recipe.ipynb #1c39c81a
 @dataclass
 class TrainConfig(RecipeOptions):
     "Train a CLIP model and write a run folder. Start it by: accelerate launch -q -m clip_nbdev.train"
-    out:Path=Path("runs/glyphs")                           # run folder to write
-    overwrite:bool=False                                   # replace a run that is already there
-    resume:bool=False                                      # go on from the last checkpoint in --out, with the same data, model and batch; start afresh where there is none
-    seed:int=0                                             # weights, order and draws are a function of it
-    precision:Literal["auto", "no", "bf16", "fp16"]="auto" # mixed precision; auto takes bf16 where the device has it and it is faster
-    grad_checkpointing:bool=False                          # keep only the inputs of residual blocks and compute them again: less memory, a third more time
-    adam_stats:Literal["float32", "bfloat16"]="float32"    # how Adam's statistics are stored; bfloat16 rounds stochastically
-    text_weights:Literal["float32", "bfloat16"]="float32"  # how the text tower's weights are stored; bfloat16 rounds stochastically
-    evals:int=4                                            # how many times to evaluate, the one at the end included; 0 and 1 for the end alone
-    checkpoint_every:int=1000                              # write a checkpoint every so many steps; 0 for none but where a signal stops the run
-    keep:int=2                                             # how many of the last checkpoints stay, beside the best
-    tracker:str|None=None                                  # also log through accelerate: tensorboard, wandb, ...; metrics.jsonl is always written
-    threads:int|None=None                                  # CPU threads a process; default all cores over the processes of this machine
+    out:Path=Path("runs/glyphs") # run folder to write
+    overwrite:bool=False         # replace a run that is already there
+    resume:bool=False            # go on from the last checkpoint, with the same data, model, batch; afresh without one
+    seed:int=0                   # weights, order and draws are a function of it
+    precision:Literal["auto", "no", "bf16", "fp16"]="auto" # mixed precision; auto: bf16 where it is there and faster
+    grad_checkpointing:bool=False # compute residual blocks a second time: less memory, up to a third more time
+    adam_stats:Literal["float32", "bfloat16"]="float32" # storage of Adam's statistics; bfloat16 rounds stochastically
+    text_weights:Literal["float32", "bfloat16"]="float32" # storage of text weights; bfloat16 rounds stochastically
+    evals:int=4                  # how many times to evaluate, the one at the end included; 0 and 1 for the end alone
+    checkpoint_every:int=1000    # steps between checkpoints; 0 for none but where a signal stops the run
+    keep:int=2                   # how many of the last checkpoints stay, beside the best
+    tracker:str|None=None        # also log through accelerate: tensorboard, wandb, ...; metrics.jsonl is always written
+    threads:int|None=None        # CPU threads a process; default all cores over the processes of this machine
 
 # %% ../nbs/20_recipe.ipynb #0e6daec2
 RESNET,VIT = dict(beta2=0.999, eps=1e-8),dict(beta2=0.98, eps=1e-6) # table 18; of Adam, by family
 PAPER_LR = {"RN50":5e-4, "RN101":5e-4, "RN50x4":5e-4, "RN50x16":4e-4, "RN50x64":3.6e-4,
-            "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, "ViT-L/14@336px":2e-5} # tables 19 and 20; the last for one more epoch
+            "ViT-B/32":5e-4, "ViT-B/16":5e-4, "ViT-L/14":4e-4, # tables 19 and 20
+            "ViT-L/14@336px":2e-5}                             # for one more epoch
 PAPER_BATCH = 32_768 # pairs a step, of all processes together
 RECIPES = {name:dict(lr=lr, batch_size=256, warmup=2000, weight_decay=0.2)
            | (VIT if PRESETS[name].patch_size else RESNET) for name,lr in PAPER_LR.items()}
 SMALL = dict(warmup=60, weight_decay=0.1, **VIT)
 RECIPES |= {"small":     dict(lr=4e-3, batch_size=256) | SMALL,
-            "small-56":     dict(lr=4e-3, batch_size=512) | SMALL,
+            "small-56":  dict(lr=4e-3, batch_size=512) | SMALL,
             "small-vit": dict(lr=2e-3, batch_size=256) | SMALL,
-            "photos":     dict(lr=1e-3, batch_size=128) | SMALL,
-            "tiny":       dict(lr=2e-3, batch_size=128) | SMALL,
-            "tiny-vit":   dict(lr=2e-3, batch_size=128) | SMALL}
-
-# %% ../nbs/20_recipe.ipynb #ca1d7eb0
-RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json",
-             "tokenizer_config.json", "config.json",
-             "metrics.jsonl", "report.md", "figures", "checkpoints", "logs", "unfinished"} # all that a run folder holds, and all that --overwrite replaces
-
-def check_numbers(cfg:TrainConfig):
-    "Raise UserError for a number that can't be."
-    option = lambda k: f"--{k.replace('_', '-')}"
-    for k in ("minutes", "steps", "epochs", "batch_size", "micro_batch", "img_size", "lr",
-              "threads", "grad_clip", "chunk_size", "keep"):
-        if getattr(cfg, k) is not None and not 0 < getattr(cfg, k) < math.inf:
-            raise UserError(f"{option(k)} must be a number above 0")
-    for k in ("workers", "warmup", "evals", "weight_decay", "eps", "lm_weight", "checkpoint_every"):
-        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < math.inf:
-            raise UserError(f"{option(k)} must not be below 0 or infinite")
-    for k in ("beta1", "beta2"):
-        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < 1:
-            raise UserError(f"{option(k)} must be at least 0 and below 1")
-    if not abs(cfg.seed) < 2**40:
-        raise UserError("--seed must be a number of at most twelve digits")
-    if cfg.batch_size is not None and cfg.batch_size < 2:
-        raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
-    if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
-    if not 0 <= cfg.variants <= 20: raise UserError("--variants must be a number from 0 to 20")
-    if not 0 < cfg.crop_scale <= 1:
-        raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
-
-# %% ../nbs/20_recipe.ipynb #3dafc385
-def check_together(cfg:TrainConfig):
-    "Raise UserError for options that contradict each other."
-    given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
-    if len(given) > 1: raise UserError(f"{' and '.join(given)} contradict each other: give one")
-    if cfg.resume and cfg.overwrite:
-        raise UserError("--resume and --overwrite contradict each other: give one")
-    if cfg.lm_weight and cfg.text_tower == "bow":
-        raise UserError(
-            "--lm-weight needs --text-tower transformer: a bag of words has no next word")
-    if cfg.lm_weight and cfg.micro_batch:
-        raise UserError("--lm-weight and --micro-batch can't be used together: give one")
-    if cfg.freeze_bn and not cfg.init:
-        raise UserError("--freeze-bn needs --init: a new model has no statistics worth keeping")
-    if cfg.init and cfg.merges:
-        raise UserError("--merges has no meaning with --init, whose vocabulary is kept")
-    if not cfg.gather_with_grad and cfg.loss == "siglip":
-        raise UserError(
-            "--no-gather-with-grad belongs to --loss clip: SigLIP's texts go round a ring")
-    if cfg.text_weights == "bfloat16" and cfg.precision != "bf16":
-        raise UserError(
-            "--text-weights bfloat16 needs --precision bf16, which computes in that type")
-    if cfg.variants and not cfg.scenes:
-        raise UserError("--variants needs --scenes: it says what stands beside a scene")
-    if cfg.data == "glyphs":
-        if cfg.epochs is not None:
-            raise UserError(
-                "--epochs has no meaning for glyphs, which never end: give --steps or --minutes")
-        if cfg.workers:
-            raise UserError(
-                "--workers has no meaning for glyphs, which are drawn in the process itself")
-    elif cfg.scenes or cfg.hold_out_val or cfg.extra_fonts:
-        raise UserError("--scenes, --hold-out-val and --extra-fonts belong to --data glyphs")
-    if cfg.preset is not None: preset_name(cfg.preset)
-    if cfg.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--precision fp16 needs a GPU: use bf16 or no")
-
-# %% ../nbs/20_recipe.ipynb #f17ff579
-def check_folder(cfg:TrainConfig):
-    "Raise UserError where --out must not be written to."
-    if cfg.out.exists() and not cfg.out.is_dir():
-        raise UserError(f"--out {cfg.out} is a file: give a folder")
-    held = {p.name for p in cfg.out.iterdir()} if cfg.out.exists() else set()
-    # a kill while a file is written leaves *.aside
-    strange = {name for name in held - RUN_FILES if not name.endswith(".aside")
-               and not name.startswith(".")}
-    if strange:
-        raise UserError(
-            f"{cfg.out} holds files of something else ({min(strange)}): choose another --out")
-    if held and not (cfg.overwrite or cfg.resume):
-        raise UserError(
-            f"{cfg.out} already holds a run: choose another --out, go on with it by --resume, or "
-            f"replace it with --overwrite")
-    if cfg.resume and "open_clip_model.safetensors" in held and not any(
-        (cfg.out/"checkpoints").glob("step-*")):
-        raise UserError(
-            f"{cfg.out} holds a model and no checkpoint to go on from: choose another --out, or "
-            f"replace it with --overwrite")
-    there = next(p for p in (cfg.out, *cfg.out.absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK):
-        raise UserError(f"--out {cfg.out} can't be made or written to: choose another --out")
-    if cfg.init and cfg.init.resolve() == cfg.out.resolve():
-        raise UserError("--init and --out name the same folder: choose another --out")
-
-def check(cfg:TrainConfig):
-    "Raise UserError for options that can't be, before anything long begins."
-    for of in (check_numbers, check_together, check_folder): of(cfg)
+            "photos":    dict(lr=1e-3, batch_size=128) | SMALL,
+            "tiny":      dict(lr=2e-3, batch_size=128) | SMALL,
+            "tiny-vit":  dict(lr=2e-3, batch_size=128) | SMALL}
 
 # %% ../nbs/20_recipe.ipynb #f26abc61
 def parameter_groups(
     model:nn.Module,      # any
     weight_decay:float,   # for the weights
 )->list[dict]:            # for an optimiser
-    "Decay for weights (two dimensions and more), none for gains, biases and the temperature (section 2.5)."
+    "Decay for weights (two dimensions or more); none for gains, biases, temperature (section 2.5)."
     params = [p for p in model.parameters() if p.requires_grad]
     return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
@@ -217,10 +123,9 @@ def lr_at(
 def bf16_is_faster(
     reps:int=3, # repetitions of each
 )->bool:
-    "Whether this CPU computes a convolution and a product in bfloat16, forward and backward, faster than in float32."
+    "Whether this CPU computes a convolution and a product in bfloat16, both ways, faster than in float32."
     # torch has no public name for it
-    ask = (getattr(torch.cpu, name, None)
-           for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    ask = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     if not any(f() for f in ask if f): return False
     net = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(1),
                         nn.Linear(32*256, 256)).to(memory_format=torch.channels_last)
@@ -246,7 +151,7 @@ def pick_precision(
     # several processes must not decide apart
     return "bf16" if int(os.environ.get("WORLD_SIZE", 1)) == 1 and bf16_is_faster() else "no"
 
-# %% ../nbs/20_recipe.ipynb #1b2e58b6
+# %% ../nbs/20_recipe.ipynb #ca1d7eb0
 def n_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -258,14 +163,101 @@ def preset_of(
     if init is None: return None
     try: about = json.loads((init/"config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UserError(
-            f"--init {init} is no run folder: its config.json can't be read ({e})") from None
+        raise UserError(f"--init {init} is no run folder: its config.json can't be read ({e})") from None
     name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
     return RENAMED.get(name, name if name in PRESETS else None)
 
+RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+             "config.json", "metrics.jsonl", "report.md", "figures", "checkpoints", "logs",
+             "unfinished"} # all that a run folder holds, and all that --overwrite replaces
+
+def check_numbers(cfg:TrainConfig):
+    "Raise UserError for a number that can't be."
+    option = lambda k: f"--{k.replace('_', '-')}"
+    for k in ("minutes", "steps", "epochs", "batch_size", "micro_batch", "img_size", "lr",
+              "threads", "grad_clip", "chunk_size", "keep"):
+        if getattr(cfg, k) is not None and not 0 < getattr(cfg, k) < math.inf:
+            raise UserError(f"{option(k)} must be a number above 0")
+    for k in ("workers", "warmup", "evals", "weight_decay", "eps", "lm_weight", "checkpoint_every"):
+        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < math.inf:
+            raise UserError(f"{option(k)} must not be below 0 or infinite")
+    for k in ("beta1", "beta2"):
+        if getattr(cfg, k) is not None and not 0 <= getattr(cfg, k) < 1:
+            raise UserError(f"{option(k)} must be at least 0 and below 1")
+    if not abs(cfg.seed) < 2**40: raise UserError("--seed must be a number of at most twelve digits")
+    if cfg.batch_size is not None and cfg.batch_size < 2:
+        raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
+    if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
+    if not 0 <= cfg.variants <= 20: raise UserError("--variants must be a number from 0 to 20")
+    if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
+
+def check_model(cfg:TrainConfig):
+    "Raise UserError for options of model, loss and storage that contradict each other."
+    if cfg.lm_weight and cfg.text_tower == "bow":
+        raise UserError("--lm-weight needs --text-tower transformer: a bag of words has no next word")
+    if cfg.lm_weight and cfg.micro_batch:
+        raise UserError("--lm-weight and --micro-batch can't be used together: give one")
+    if cfg.freeze_bn and not cfg.init:
+        raise UserError("--freeze-bn needs --init: a new model has no statistics worth keeping")
+    if cfg.init and cfg.merges: raise UserError("--merges has no meaning with --init, whose vocabulary is kept")
+    if not cfg.gather_with_grad and cfg.loss == "siglip":
+        raise UserError("--no-gather-with-grad belongs to --loss clip: SigLIP's texts go round a ring")
+    if cfg.text_weights == "bfloat16" and cfg.precision != "bf16":
+        raise UserError("--text-weights bfloat16 needs --precision bf16, which computes in that type")
+
+def check_together(cfg:TrainConfig):
+    "Raise UserError for options that contradict each other."
+    given = [f"--{k}" for k in ("minutes","steps","epochs") if getattr(cfg, k) is not None]
+    if len(given) > 1: raise UserError(f"{' and '.join(given)} contradict each other: give one")
+    if cfg.resume and cfg.overwrite: raise UserError("--resume and --overwrite contradict each other: give one")
+    check_model(cfg)
+    if cfg.variants and not cfg.scenes:
+        raise UserError("--variants needs --scenes: it says what stands beside a scene")
+    if cfg.data == "glyphs":
+        if cfg.epochs is not None:
+            raise UserError("--epochs has no meaning for glyphs, which never end: give --steps or --minutes")
+        if cfg.workers: raise UserError("--workers has no meaning for glyphs, which are drawn in the process itself")
+    elif cfg.scenes or cfg.hold_out_val or cfg.extra_fonts:
+        raise UserError("--scenes, --hold-out-val and --extra-fonts belong to --data glyphs")
+    if cfg.preset is not None: preset_name(cfg.preset)
+    if cfg.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--precision fp16 needs a GPU: use bf16 or no")
+
+def check_folder(cfg:TrainConfig):
+    "Raise UserError where --out must not be written to."
+    out = cfg.out
+    if out.exists() and not out.is_dir(): raise UserError(f"--out {out} is a file: give a folder")
+    held = {p.name for p in out.iterdir()} if out.exists() else set()
+    # a kill while a file is written leaves *.aside
+    strange = {name for name in held - RUN_FILES if not name.endswith(".aside") and not name.startswith(".")}
+    if strange: raise UserError(f"{out} holds files of something else ({min(strange)}): choose another --out")
+    if held and not (cfg.overwrite or cfg.resume):
+        raise UserError(f"{out} already holds a run: choose another --out, go on with it by --resume, or replace it "
+                        f"with --overwrite")
+    unfinished = any((out/"checkpoints").glob("step-*"))
+    if cfg.resume and "open_clip_model.safetensors" in held and not unfinished:
+        raise UserError(f"{out} holds a model and no checkpoint to go on from: choose another --out, or replace it "
+                        f"with --overwrite")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out {out} can't be made or written to: choose another --out")
+    if cfg.init and cfg.init.resolve() == out.resolve():
+        raise UserError("--init and --out name the same folder: choose another --out")
+
+def check_parts(cfg:TrainConfig):
+    "Raise UserError where a micro-batch leaves a part of one pair to BatchNorm. Of options with their defaults."
+    if not cfg.micro_batch or PRESETS[cfg.preset].patch_size: return
+    if 1 in (cfg.micro_batch, cfg.batch_size % cfg.micro_batch):
+        raise UserError(f"--micro-batch {cfg.micro_batch} leaves a part of one pair, which has no statistics for "
+                        f"BatchNorm: give one that divides --batch-size")
+
+def check(cfg:TrainConfig):
+    "Raise UserError for options that can't be, before anything long begins."
+    for of in (check_numbers, check_together, check_folder): of(cfg)
+
 # %% ../nbs/20_recipe.ipynb #579c8d0f
 def resolve(cfg:TrainConfig)->TrainConfig:
-    "The options with every default worked out, as config.json records them. Raises UserError."
+    "The options with every default worked out, as config.json has them. Raises UserError."
     check(cfg)
     cfg = replace(cfg)
     if (cfg.minutes, cfg.steps, cfg.epochs) == (None, None, None): cfg.minutes = 9.5
@@ -275,11 +267,7 @@ def resolve(cfg:TrainConfig)->TrainConfig:
         if getattr(cfg, name) is None: setattr(cfg, name, value)
     # the whole batch at once
     if cfg.micro_batch and cfg.micro_batch >= cfg.batch_size: cfg.micro_batch = None
-    if cfg.micro_batch and 1 in (cfg.micro_batch,
-                                 cfg.batch_size % cfg.micro_batch) and not PRESETS[cfg.preset].patch_size:
-        raise UserError(
-            f"--micro-batch {cfg.micro_batch} leaves a part of one pair, which has no statistics "
-            f"for BatchNorm: give one that divides --batch-size")
+    check_parts(cfg)
     cfg.threads = cfg.threads or max(1, n_cores()//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(cfg.threads)
     cfg.precision = pick_precision(cfg.precision)

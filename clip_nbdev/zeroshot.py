@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIE', 'words_of', 'check_names', 'check_tokens', 'embed_tokens', 'fingerprint', 'cache_path', 'read_cached',
-           'write_cached', 'zeroshot_classifier', 'first_weight', 'embed_images', 'zeroshot_logits', 'only', 'predict',
-           'check_set', 'zeroshot_accuracy', 'plot_predictions', 'suite_set', 'evaluate_suite', 'suite_table']
+           'write_cached', 'only', 'check_set', 'first_weight', 'zeroshot_classifier', 'embed_images',
+           'zeroshot_logits', 'predict', 'zeroshot_accuracy', 'suite_set', 'suite_table', 'evaluate_suite',
+           'plot_predictions']
 
 # %% ../nbs/30_zeroshot.ipynb #8fd60973
 import hashlib
@@ -26,6 +27,7 @@ from .glyphs import SUITE, EvalSet, eval_set
 from .scenes import SCENE_SUITE, scene_set
 
 # %% ../nbs/30_zeroshot.ipynb #765f5959
+# checks of names: described in the last section
 def words_of(
     classname, # a name, or several words for one class
 )->tuple[str, ...]:
@@ -33,10 +35,10 @@ def words_of(
     return (classname,) if isinstance(classname, str) else tuple(classname)
 
 def check_names(
-    classnames, # names to refuse or to let pass; several words for one class as a tuple
-    templates,  # sentences likewise
+    classnames, # K names; several words for one class as a tuple
+    templates,  # T sentences, each with a slot {}
 ):
-    "Raises UserError for class names that are missing, empty or doubled, and for templates without a slot. A single class may pass."
+    "Raises UserError for class names that are missing, empty or doubled, and for templates without a slot."
     for what,value in (("classnames", classnames), ("templates", templates)):
         if isinstance(value, str):
             raise UserError(f"{what} must be a list of strings, not one string: {value!r}")
@@ -47,9 +49,8 @@ def check_names(
         if not words or not all(isinstance(w, str) and w.strip() for w in words):
             raise UserError(f"a class name is empty or no string: {c!r}")
         if frozenset(words) in seen:
-            raise UserError(
-                f"two classes are named {c!r}: no text can tell them apart, so give one of them "
-                f"another name")
+            raise UserError(f"two classes are named {c!r}: no text can tell them apart, "
+                            f"so give one of them another name")
         seen.add(frozenset(words))
     if not len(templates): raise UserError("no template given: the plainest is '{}'")
     for t in templates:
@@ -58,17 +59,16 @@ def check_names(
 
 # %% ../nbs/30_zeroshot.ipynb #ad6fcf68
 def check_tokens(
-    classnames,           # K names
+    classnames,               # K names
     parts:tuple[Tensor, ...], # K times (number of prompts, L) ids
 ):
-    "Raises UserError for two classes that differ as strings and are the same to the model, such as Crane and crane."
+    "Raises UserError for two names that become the same tokens, such as Crane and crane."
     seen = {}
     for name,part in zip(classnames, parts):
         first = seen.setdefault(part.cpu().numpy().tobytes(), name)
         if first is not name:
-            raise UserError(
-                f"the classes {first!r} and {name!r} become the same tokens: give one of them "
-                f"another name")
+            raise UserError(f"the classes {first!r} and {name!r} become the same tokens: "
+                            f"give one of them another name")
 
 # %% ../nbs/30_zeroshot.ipynb #f49ed0be
 def embed_tokens(
@@ -85,10 +85,11 @@ def embed_tokens(
     return emb[order.argsort().to(device)]
 
 # %% ../nbs/30_zeroshot.ipynb #66760e61
+# matrices kept on disk: described in the last section
 def fingerprint(
     module:nn.Module, # any
 )->str:               # 64 hexadecimal digits
-    "SHA-256 over names, types, shapes and bytes of all weights and buffers; where they lie, and in which memory layout, doesn't count."
+    "SHA-256 over names, types, shapes and bytes of all weights and buffers, whatever their device and memory layout."
     digest = hashlib.sha256()
     for name,t in sorted([*module.named_parameters(), *module.named_buffers()]):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
@@ -105,14 +106,13 @@ def cache_path(
     "A file named by all that the matrix depends on; its folder is made. Raises UserError for what can't be a folder."
     try: Path(cache).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(
-            f"cache {str(cache)!r} can't be used as a folder ({e.strerror}): give another one") from None
+        raise UserError(f"cache {str(cache)!r} can't be used as a folder ({e.strerror}): give another one") from None
     tower = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
     kind = next(model.parameters()).device.type
     auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    about = f"1 {type(model).__qualname__} {getattr(model, 'config', None)} {tower} {auto} {sizes} {tuple(tokens.shape)} {fingerprint(tower)}"
-    key = hashlib.sha256(about.encode()
-                         + tokens.cpu().long().contiguous().numpy().tobytes()).hexdigest()
+    about = (f"1 {type(model).__qualname__} {getattr(model, 'config', None)} {tower} {auto} {sizes} "
+             f"{tuple(tokens.shape)} {fingerprint(tower)}")
+    key = hashlib.sha256(about.encode() + tokens.cpu().long().contiguous().numpy().tobytes()).hexdigest()
     return Path(cache)/f"zeroshot-{key[:32]}.safetensors"
 
 # %% ../nbs/30_zeroshot.ipynb #e2225db7
@@ -130,7 +130,7 @@ def write_cached(
     path:Path,      # as `cache_path` gives it
     weights:Tensor, # (E, K)
 ):
-    "Keep a matrix: written aside, then renamed, so that no reader meets half a file. Raises UserError where it can't be written."
+    "Keep a matrix. It is written aside, then renamed: no reader meets half a file. Raises UserError where that fails."
     aside = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.aside")
     try:
         save_file({"weights":weights.cpu().contiguous()}, aside)
@@ -138,6 +138,42 @@ def write_cached(
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path} can't be written ({e}): give another cache, or none") from None
     finally: aside.unlink(missing_ok=True)
+
+# %% ../nbs/30_zeroshot.ipynb #d1935232
+# candidates and checks: described in the last section
+def only(
+    logits:Tensor,       # (N, K)
+    choices:Tensor|None, # (N, C) classes that each image chooses among, -1 behind the last; None for all
+)->Tensor:               # (N, K), minus infinity for the others
+    "Leave each image its own candidates. Raises UserError where they don't fit the logits."
+    n,k = logits.shape
+    if choices is None: return logits
+    if len(choices) != n: raise UserError(f"{n} images and candidates for {len(choices)}")
+    if not ((choices >= -1) & (choices < k)).all() or not (choices >= 0).any(1).all():
+        raise UserError(f"an image has no candidates, or one that is none of the {k} classes")
+    offered = torch.zeros(n, k+1, dtype=torch.bool, device=logits.device)
+    offered.scatter_(1, choices.to(logits.device).remainder(k+1), True)
+    return logits.masked_fill(~offered[:,:k], -torch.inf)
+
+# %% ../nbs/30_zeroshot.ipynb #1191a85e
+def check_set(
+    data:EvalSet, # images, labels, class names
+):
+    "Raises UserError where labels don't match images, classes or choices, and for a single class."
+    n,k = len(data.labels),len(data.classnames)
+    if not n or n != len(data.images): raise UserError(f"{len(data.images)} images and {n} labels")
+    if k < 2: raise UserError("an accuracy needs two classes or more: with one, every answer is right")
+    if data.labels.min() < 0 or data.labels.max() >= k:
+        raise UserError(f"a label is none of 0 to {k-1}: there are {k} class names")
+    if data.choices is not None and len(data.choices) != n:
+        raise UserError(f"{n} images and candidates for {len(data.choices)}")
+    if data.choices is not None and not (data.choices == data.labels[:,None]).any(1).all():
+        raise UserError("an image's label is not among its candidates")
+
+# %% ../nbs/30_zeroshot.ipynb #acedbade
+def first_weight(model:nn.Module)->Tensor:
+    "The weight that images meet first, a convolution's: they need its type and device."
+    return next((p for p in model.parameters() if p.ndim == 4), next(model.parameters()))
 
 # %% ../nbs/30_zeroshot.ipynb #266f4a2e
 def zeroshot_classifier(
@@ -148,7 +184,7 @@ def zeroshot_classifier(
     batch_size:int=1024,      # texts at a time
     cache:str|Path|None=None, # a folder where matrices are kept; None keeps nothing
 )->Tensor:                    # (E, K), columns of length 1
-    "A classifier made of words: each class is the mean direction of its prompts (section 3.1.4). Raises UserError on bad names or templates."
+    "A class is the mean direction of its prompts (section 3.1.4). Raises UserError on bad names."
     check_names(classnames, templates)
     tokens = tokenizer([t.replace("{}", w) for c in classnames for w in words_of(c)
                         for t in templates])
@@ -163,10 +199,6 @@ def zeroshot_classifier(
     return weights.to(next(model.parameters()).device)
 
 # %% ../nbs/30_zeroshot.ipynb #a39ace51
-def first_weight(model:nn.Module)->Tensor:
-    "The weight that images meet first, a convolution's: they need its type and device."
-    return next((p for p in model.parameters() if p.ndim == 4), next(model.parameters()))
-
 def embed_images(
     model:nn.Module,     # has encode_image
     images:Tensor,       # (N, 3, H, W) uint8, or float 0 to 1
@@ -175,9 +207,9 @@ def embed_images(
     "Embed images batch by batch, in evaluation mode and in the model's own precision."
     weight = first_weight(model)
     with evaluating(model):
-        return torch.cat(
-            [model.encode_image(normalize(part.to(weight.device)).to(weight.dtype), normalize=True)
-                          for part in progress(images.split(batch_size), desc="embedding images")])
+        return torch.cat([
+            model.encode_image(normalize(part.to(weight.device)).to(weight.dtype), normalize=True)
+            for part in progress(images.split(batch_size), desc="embedding images")])
 
 # %% ../nbs/30_zeroshot.ipynb #39977519
 def zeroshot_logits(
@@ -188,22 +220,6 @@ def zeroshot_logits(
     "How near each image is to each class."
     return scale * img_emb.to(weights) @ weights
 
-# %% ../nbs/30_zeroshot.ipynb #d1935232
-def only(
-    logits:Tensor,       # (N, K)
-    choices:Tensor|None, # (N, C) classes that each image chooses among, -1 behind the last; None for all
-)->Tensor:               # (N, K), minus infinity for the others
-    "Leave each image its own candidates. Raises UserError where they don't fit the logits."
-    n,k = logits.shape
-    if choices is None: return logits
-    if len(choices) != n: raise UserError(f"{n} images and candidates for {len(choices)}")
-    if not ((choices >= -1) & (choices < k)).all() or not (choices >= 0).any(1).all():
-        raise UserError(f"an image has no candidates, or one that is none of the {k} classes")
-    offered = torch.zeros(n, k+1, dtype=torch.bool,
-                          device=logits.device).scatter_(1,
-                          choices.to(logits.device).remainder(k+1), True)
-    return logits.masked_fill(~offered[:,:k], -torch.inf)
-
 # %% ../nbs/30_zeroshot.ipynb #d0a0ed35
 TIE = 1e-5 # of the largest logit: what is nearer to it differs by rounding
 
@@ -211,31 +227,14 @@ def predict(
     logits:Tensor,            # (N, K)
     choices:Tensor|None=None, # (N, C) as in `EvalSet`
 )->Tensor:                    # (N,) labels
-    "The nearest class of each image. Among classes that are equally near, one is drawn by a fixed seed. Raises UserError for logits that are no numbers."
+    "The nearest class of each image; among equals one is drawn by a fixed seed. Raises UserError for NaN."
     if logits.isnan().any():
-        raise UserError(
-            f"the logits of image {int(logits.isnan().any(1).nonzero()[0])} are no numbers: its "
-            f"pixels or the model's weights aren't finite")
+        raise UserError(f"the logits of image {int(logits.isnan().any(1).nonzero()[0])} are no numbers: its "
+                        f"pixels or the model's weights aren't finite")
     logits = only(logits, choices).cpu()
     lots = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
     best = logits.amax(1, keepdim=True)
     return lots.masked_fill(logits < best - TIE*best.abs(), -1).argmax(1)
-
-# %% ../nbs/30_zeroshot.ipynb #1191a85e
-def check_set(
-    data:EvalSet, # images, labels, class names
-):
-    "Raises UserError where labels don't match images, classes or choices, and for a single class."
-    n,k = len(data.labels),len(data.classnames)
-    if not n or n != len(data.images): raise UserError(f"{len(data.images)} images and {n} labels")
-    if k < 2:
-        raise UserError("an accuracy needs two classes or more: with one, every answer is right")
-    if data.labels.min() < 0 or data.labels.max() >= k:
-        raise UserError(f"a label is none of 0 to {k-1}: there are {k} class names")
-    if data.choices is not None and len(data.choices) != n:
-        raise UserError(f"{n} images and candidates for {len(data.choices)}")
-    if data.choices is not None and not (data.choices == data.labels[:,None]).any(1).all():
-        raise UserError("an image's label is not among its candidates")
 
 # %% ../nbs/30_zeroshot.ipynb #2223b170
 def zeroshot_accuracy(
@@ -244,11 +243,44 @@ def zeroshot_accuracy(
     data:EvalSet,             # images, labels, class names and templates
     cache:str|Path|None=None, # as for `zeroshot_classifier`
 )->float:                     # top-1 accuracy, 0 to 1
-    "How often the nearest class is the right one. Raises UserError for a set whose parts don't match."
+    "How often the nearest class is the right one. Raises UserError where the parts don't match."
     check_set(data)
     weights = zeroshot_classifier(model, tokenizer, data.classnames, data.templates, cache=cache)
     predicted = predict(zeroshot_logits(embed_images(model, data.images), weights), data.choices)
     return (predicted == data.labels.cpu()).float().mean().item()
+
+# %% ../nbs/30_zeroshot.ipynb #dcf75076
+def suite_set(
+    name:str,          # one of glyphs.SUITE ("cards_val", "dominoes_val" too) or scenes.SCENE_SUITE
+    img_size:int,      # side of the images in pixels
+    n_images:int=500,  # about how many
+)->EvalSet:
+    "An evaluation set by its name. Raises UserError for a name that there is none of."
+    known = SUITE + ("cards_val", "dominoes_val") + SCENE_SUITE
+    if name not in known:
+        raise UserError(f"no evaluation set {name!r}: there are {', '.join(known)}")
+    return (scene_set if name in SCENE_SUITE else eval_set)(name, img_size, n_images)
+
+def suite_table(
+    suite:dict[str, float], # name -> accuracy
+    n_images:int=500,       # images in each, as in `evaluate_suite`
+)->pd.DataFrame:            # accuracy and chance in percent, a row a set
+    "The suite as a table, beside chance."
+    rows = {name:(100*acc, 100*suite_set(name, 8, n_images if name in SCENE_SUITE else 2).chance)
+            for name,acc in suite.items()}
+    return pd.DataFrame(rows, index=["accuracy %", "chance %"]).T.round(1)
+
+# %% ../nbs/30_zeroshot.ipynb #beb232eb
+def evaluate_suite(
+    model:nn.Module,              # has encode_image and encode_text
+    tokenizer,                    # texts -> (B, L) ids
+    img_size:int,                 # side of the images that the model takes
+    names:tuple[str, ...]=SUITE,  # evaluation sets
+    n_images:int=500,             # images in each, about
+)->dict[str, float]:              # name -> top-1 accuracy, 0 to 1
+    "Zero-shot accuracy on each set of the suite."
+    return {name:zeroshot_accuracy(model, tokenizer, suite_set(name, img_size, n_images))
+            for name in progress(names, desc="evaluating")}
 
 # %% ../nbs/30_zeroshot.ipynb #90d7a80c
 def plot_predictions(
@@ -277,36 +309,3 @@ def plot_predictions(
         right.invert_yaxis(); right.grid(False)
     fig.tight_layout()
     return fig
-
-# %% ../nbs/30_zeroshot.ipynb #dcf75076
-def suite_set(
-    name:str,          # one of glyphs.SUITE ("cards_val", "dominoes_val" too) or scenes.SCENE_SUITE
-    img_size:int,      # side of the images in pixels
-    n_images:int=500,  # about how many
-)->EvalSet:
-    "An evaluation set by its name. Raises UserError for a name that there is none of."
-    known = SUITE + ("cards_val", "dominoes_val") + SCENE_SUITE
-    if name not in known:
-        raise UserError(f"no evaluation set {name!r}: there are {', '.join(known)}")
-    return (scene_set if name in SCENE_SUITE else eval_set)(name, img_size, n_images)
-
-# %% ../nbs/30_zeroshot.ipynb #beb232eb
-def evaluate_suite(
-    model:nn.Module,              # has encode_image and encode_text
-    tokenizer,                    # texts -> (B, L) ids
-    img_size:int,                 # side of the images that the model takes
-    names:tuple[str, ...]=SUITE,  # evaluation sets
-    n_images:int=500,             # images in each, about
-)->dict[str, float]:              # name -> top-1 accuracy, 0 to 1
-    "Zero-shot accuracy on each set of the suite."
-    return {name:zeroshot_accuracy(model, tokenizer, suite_set(name, img_size, n_images))
-            for name in progress(names, desc="evaluating")}
-
-def suite_table(
-    suite:dict[str, float], # name -> accuracy
-    n_images:int=500,       # images in each, as in `evaluate_suite`
-)->pd.DataFrame:            # accuracy and chance in percent, a row a set
-    "The suite as a table, beside chance."
-    rows = {name:(100*acc, 100*suite_set(name, 8, n_images if name in SCENE_SUITE else 2).chance)
-            for name,acc in suite.items()}
-    return pd.DataFrame(rows, index=["accuracy %", "chance %"]).T.round(1)

@@ -61,6 +61,13 @@ def test_site_lists_every_chapter(repo):
     assert all(re.fullmatch(r"\d\d_[a-z_]+\.ipynb", page) for page in numbered)
 
 
+def test_index_names_every_chapter_and_its_question(repo):
+    readme = (repo/"README.md").read_text()
+    for path in CHAPTERS:
+        title,question = (re.search(p, source(cells_of(path)[0]), re.M)[1] for p in (r"^# (?:\d\d · )?(.+)$", r"^> (.+)$"))
+        if path.name[0].isdigit(): assert f"| {path.name[:2]} | [{title}](nbs/{path.name}) | {question} |" in readme, path.name
+
+
 def source(cell): return "".join(cell["source"])
 def cells_of(path): return json.loads(path.read_text())["cells"]
 
