@@ -1,4 +1,5 @@
 "The repository keeps its own rules: notebooks and modules agree, the README is the index, the package holds what it needs."
+import ast
 import json
 import os
 import re
@@ -177,13 +178,14 @@ def test_chapter_reads_without_running(path):
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_imports_stand_alone(path):
     "The docs build runs every cell that holds an import: such a cell must not need what other cells define."
-    for cell in json.loads(path.read_text())["cells"]:
-        lines = [line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#")]
-        imports = [line for line in lines if re.match(r"\s*(import|from) ", line)]
-        if cell["cell_type"] != "code" or not imports: continue
-        others = [line for line in lines if line not in imports and not line.startswith("warnings.")]
+    for cell in cells_of(path):
+        if cell["cell_type"] != "code" or re.search(r"^[%!]", source(cell), re.M): continue
+        tree = ast.parse(source(cell))
+        if not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)): continue
+        others = [ast.unparse(n) for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
+        others = [code for code in others if not code.startswith(("warnings.", "nbdev.nbdev_export"))]
         assert not others, f"an import and other code in one cell: {others[0]}"
-        assert not any(re.match(r"from \S+ import \*", line) for line in imports)
+        assert not any(a.name == "*" for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names)
 
 
 def closure(requirements):
