@@ -24,9 +24,9 @@ from .zeroshot import check_names, embed_images, only, zeroshot_classifier, zero
 
 # %% ../nbs/31_prompts.ipynb #cd268012
 def with_prompts(
-    data:EvalSet,         # images, labels, class names and templates
-    templates,            # T sentences, each with one slot {}
-    classnames=None,      # K other names, in the same order; None keeps them
+    data:EvalSet,    # images, labels, class names and templates
+    templates,       # T sentences, each with one slot {}
+    classnames=None, # K other names, in the same order; None keeps them
 )->EvalSet:
     "The same images, asked in other words. Raises UserError on bad names or templates."
     check_names(data.classnames if classnames is None else classnames, templates)
@@ -43,7 +43,7 @@ def ensemble_probabilities(
     scale=None,           # what cosines are multiplied by; None for the model's own
     batch_size:int=256,   # images at a time
 )->Tensor:                # (N, K) rows that sum to 1
-    "The mean over templates of the probabilities that each gives by itself: T products where the mean of embeddings needs one. Raises UserError on bad names or templates."
+    "The mean of each template's probabilities. Raises UserError on bad names or templates."
     check_names(data.classnames, data.templates)
     img_emb = embed_images(model, data.images, batch_size)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def ensemble_probabilities(
 class PaperSet:
     "One of the paper's 27 data sets."
     name:str                # as the paper has it
-    torchvision:str|None    # class in torchvision.datasets; None where that offers no labelled images (UCF101 gives videos, and the paper takes a frame of each)
+    torchvision:str|None    # class in torchvision.datasets; None where that offers no labelled images
     benchmark:str|None      # key in the files of clip-benchmark; None where they have nothing
     n_templates:int         # that the authors published
     metric:str="accuracy"   # or mean_per_class, map_11_point, roc_auc, mean_top1_top5
@@ -67,7 +67,8 @@ class PaperSet:
 PAPER_SETS = {row.name:row for row in (
     PaperSet("Food101", "Food101", "food101", 1),
     PaperSet("CIFAR10", "CIFAR10", "cifar10", 18),
-    PaperSet("CIFAR100", "CIFAR100", "cifar100", 18),          PaperSet("Birdsnap", None, None, 1),
+    PaperSet("CIFAR100", "CIFAR100", "cifar100", 18),
+    PaperSet("Birdsnap", None, None, 1),
     PaperSet("SUN397", "SUN397", "sun397", 2),
     PaperSet("StanfordCars", "StanfordCars", "cars", 8),
     PaperSet("FGVCAircraft", "FGVCAircraft", "fgvc_aircraft", 2, "mean_per_class"),
@@ -83,8 +84,9 @@ PAPER_SETS = {row.name:row for row in (
     PaperSet("RESISC45", None, "resisc45", 18),
     PaperSet("GTSRB", "GTSRB", "gtsrb", 3),
     PaperSet("KITTI", "Kitti", "kitti_closest_vehicle_distance", 1),
-    PaperSet("Country211", "Country211", "country211", 5),     PaperSet("PCam", "PCAM", "pcam", 1),
-    PaperSet("UCF101", None, None, 48),
+    PaperSet("Country211", "Country211", "country211", 5),
+    PaperSet("PCam", "PCAM", "pcam", 1),
+    PaperSet("UCF101", None, None, 48), # torchvision gives videos, and the paper takes a frame of each
     PaperSet("Kinetics700", None, None, 28, "mean_top1_top5"),
     PaperSet("CLEVRCounts", "CLEVRClassification", "clevr_count_all", 1),
     PaperSet("HatefulMemes", None, None, 1, "roc_auc"),
@@ -103,10 +105,8 @@ DOING = ("", "using ", "doing ", "during ", "performing ", "practicing ")
 OWN_TEMPLATES = dict( # what clip-benchmark lacks or has otherwise, as the authors published it
     Birdsnap=("a photo of a {}, a type of bird.",), CLEVRCounts=("a photo of {} objects.",),
     HatefulMemes=("a {}.",), PCam=("this is a photo of {}",),
-    RESISC45=combine("{} {} of {}{{}}.", ("satellite", "aerial"), ("imagery", "photo", "view"),
-                     ("", "a ", "the ")),
-    UCF101=combine("a {} of {} person {}{{}}.", ("photo", "video", "example", "demonstration"),
-                   ("a", "the"), DOING),
+    RESISC45=combine("{} {} of {}{{}}.", ("satellite", "aerial"), ("imagery", "photo", "view"), ("", "a ", "the ")),
+    UCF101=combine("a {} of {} person {}{{}}.", ("photo", "video", "example", "demonstration"), ("a", "the"), DOING),
     Kinetics700=combine("a {} of {}{{}}.", ("photo", "video", "example", "demonstration"),
                         ("", *(f"a person {doing}" for doing in DOING))))
 OWN_NAMES = dict(
@@ -122,33 +122,29 @@ def benchmark_files()->tuple[dict, dict]: # key -> class names, key -> templates
     "What clip-benchmark carries, read without importing it. Raises UserError where it is not installed."
     spec = importlib.util.find_spec("clip_benchmark")
     if spec is None:
-        raise UserError(
-            "the prompts of the paper's data sets come with another package: pip install "
-            "clip-benchmark, or give your own by --template")
+        raise UserError("the prompts of the paper's data sets come with another package: pip install "
+                        "clip-benchmark, or give your own by --template")
     folder = Path(spec.origin).parent/"datasets"
     try:
         names,templates = (json.loads((folder/f"en_{what}.json").read_text(encoding="utf-8"))
                            for what in ("classnames", "zeroshot_classification_templates"))
     except (OSError, ValueError) as e:
-        raise UserError(
-            f"clip-benchmark's prompts can't be read ({e}): pip install clip-benchmark==1.6.2, or "
-            f"give your own by --template") from None
-    return names, {key:tuple(t.replace("{c}", "{}") for t in found)
-                   for key,found in templates.items()}
+        raise UserError(f"clip-benchmark's prompts can't be read ({e}): pip install clip-benchmark==1.6.2, or "
+                        f"give your own by --template") from None
+    return names, {key:tuple(t.replace("{c}", "{}") for t in found) for key,found in templates.items()}
 
 def paper_set(
     name:str, # the paper's, torchvision's or clip-benchmark's, in any case
 )->PaperSet|None: # None for other data sets
     "A row of PAPER_SETS by any of its names."
-    return next((s for s in PAPER_SETS.values()
-                 if name.lower() in {str(n).lower() for n in (s.name, s.torchvision, s.benchmark)
-                                     if n}), None)
+    return next((s for s in PAPER_SETS.values() if name.lower() in
+                 {str(n).lower() for n in (s.name, s.torchvision, s.benchmark) if n}), None)
 
 # %% ../nbs/31_prompts.ipynb #1142100c
 def dataset_prompts(
     name:str, # as for `paper_set`, or another key of clip-benchmark
-)->tuple[tuple|None, tuple]: # class names in the order of torchvision's labels, None where the data set's own serve; templates with the slot {}
-    "Class names and templates of a data set, as the paper's authors published them. Raises UserError for a name without prompts, and where clip-benchmark is needed and missing."
+)->tuple[tuple|None, tuple]: # class names by torchvision's labels, None where the set brings them; templates
+    "Class names and templates as the authors published them. Raises UserError for an unknown or uninstalled name."
     s = paper_set(name)
     label,key = (s.name, s.benchmark) if s else (None, name.lower())
     # PatchCamelyon's class names are clip-benchmark's
@@ -158,9 +154,8 @@ def dataset_prompts(
                        for own,others in ((OWN_TEMPLATES, all_templates), (OWN_NAMES, all_names)))
     if templates is None:
         near = get_close_matches(name, [*PAPER_SETS, *all_templates], 1)
-        raise UserError(
-            f"no prompts for {name!r}{f', did you mean {near[0]!r}?' if near else ''}: give your "
-            f"own by --template")
+        raise UserError(f"no prompts for {name!r}{f', did you mean {near[0]!r}?' if near else ''}: give your "
+                        f"own by --template")
     if label == "Caltech101": names = names[1:] # torchvision leaves the background out
     renamed = RENAMED.get(label, {})
     return tuple(renamed.get(i, n) for i,n in enumerate(names)) if names else None, tuple(templates)
