@@ -27,8 +27,7 @@ def check_pairs(
         raise ValueError("an image has no text, or an owner names no image")
     for name,emb in dict(img_emb=img_emb, txt_emb=txt_emb).items():
         if not ((emb.float().norm(dim=-1) - 1).abs() < 0.01).all():
-            raise ValueError(
-                f"{name} has rows that are not of length 1, or not finite: normalise them")
+            raise ValueError(f"{name} has rows that are not of length 1, or not finite: normalise them")
 
 # %% ../nbs/33_retrieval.ipynb #cca6ae31
 def recall_at(
@@ -38,12 +37,13 @@ def recall_at(
     ks:tuple[int, ...]=(1,5,10), # how many results are looked at
     tile:int=2**24,              # entries of the similarity matrix held at once, about
 )->dict[str, float]:             # "image_to_text@1" ... "text_to_image@10", 0 to 1
-    "Recall both ways (appendix E): a query is right when something of its own is among the first k. Ties count against it. Raises ValueError on bad input."
+    """Recall both ways (appendix E): queries that find something of their own among the first k.
+
+    Ties count against the query. Raises ValueError on bad input."""
     check_pairs(img_emb, txt_emb, owner)
     img_emb,txt_emb = img_emb.float(),txt_emb.float()
-    # (M,) each text with its image
-    own = (txt_emb * img_emb[owner]).sum(1)
-    # (N,) each image with its nearest text
+    own = (txt_emb * img_emb[owner]).sum(1) # (M,) each text with its image
+    # (N,) each image with its nearest own text
     best = own.new_full((len(img_emb),), -2.).scatter_reduce(0, owner, own, "amax")
     img_rank,txt_rank = torch.zeros_like(best),[]
     for rows in torch.arange(len(txt_emb), device=owner.device).split(max(1, tile//len(img_emb))):
@@ -62,7 +62,9 @@ def embed_pairs(
     loader,          # batches of (images, lists of captions), as `pair_loader` gives them
     prompt:str="",   # put before each caption; "a photo of " in the paper
 )->tuple[Tensor, Tensor, Tensor]: # (N, E) images, (M, E) texts, (M,) the image of each text
-    "Embed every image once and each of its captions; over-long captions are cut. Raises UserError where captions are not lists."
+    """Embed every image once and each caption, in evaluation mode; over-long captions are cut.
+
+    Raises UserError where captions are not lists."""
     device = next(model.parameters()).device
     empty = torch.empty(0, model.config.embed_dim)
     img_emb,txt_emb,owner,n = [empty],[empty],[],0
