@@ -35,15 +35,18 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import load
 from .clip import CLIP, PRESETS, create_model, preset_name
-from .core import PALETTE, PAPER, UserError, commit, default_device, evaluating, hardware, progress, seed_all, set_style
+from .core import PALETTE, PAPER, UserError, commit, default_device, evaluating, hardware
+from .core import progress, seed_all, set_style
 from .data import image_transform, is_remote, normalize, open_pairs, reason
 from .glyphs import EvalSet, GlyphPairs
-from .labelled import Drawn, LabelledData, LabelledOptions, LabelStream, open_data, open_glyphs, images_below, prepared, with_training
+from .labelled import Drawn, LabelledData, LabelledOptions, LabelStream, images_below
+from .labelled import open_data, open_glyphs, prepared, with_training
 from .probe import METRICS, few_shot, image_features, linear_probe, split_val, tower_features
 from .retrieval import embed_pairs, recall_at
 from .stream import PairStream, one_line, pair_loader, said_once
 from .tokenizer import BPETokenizer
-from .zeroshot import check_names, fingerprint, plot_predictions, predict, words_of, zeroshot_classifier, zeroshot_logits
+from .zeroshot import check_names, fingerprint, plot_predictions, predict, words_of
+from .zeroshot import zeroshot_classifier, zeroshot_logits
 
 # %% ../nbs/91_evaluate.ipynb #8370fbff
 @dataclass
@@ -51,13 +54,13 @@ class EvalConfig(LabelledOptions):
     "Evaluate a model on images: zero-shot, by probes, by retrieval. Start it by: python -m clip_nbdev.evaluate"
     out:Path=Path("runs/evaluation") # folder to write: results.csv, results.json, report.md, figures
     overwrite:bool=False        # replace results that are already there; the cache stays
-    weights:str|None=None       # of the model that --model names (ViT-B/32): a file, a folder, hf-hub:owner/name, or openai to download the released ones
+    weights:str|None=None       # of --model's name: a file, a folder, hf-hub:owner/name, or openai to download the released ones
     quick_gelu:bool|None=None   # the activation, where neither a name nor a configuration tells it
     trust_torchscript:bool=False # run a TorchScript archive that OpenAI did not publish
     random_weights:bool=False   # take --model as the name of a preset: a baseline, or a try of the full size
-    merges:str|None=None        # CLIP's released merges, for --weights and --random-weights; default for weights: beside them, $CLIP_NBDEV_MERGES, an installed open_clip; for random ones: a vocabulary learned from the class names
+    merges:str|None=None        # CLIP's merges; default: beside --weights, $CLIP_NBDEV_MERGES, open_clip; or learned from names
     limit:int|None=None         # look at so many images a part, drawn at random, and no more
-    shots:tuple[int, ...]|None=None # examples of each class for few-shot; default 1 2 4 8 16, as far as the rarest class has so many
+    shots:tuple[int, ...]|None=None # examples a class for few-shot; default 1 2 4 8 16, as far as they go
     draws:int=3                 # how many times they are drawn
     batch_size:int=256          # images at a time
     workers:int=0               # processes that read and decode images; 0 reads in the process itself
@@ -105,7 +108,8 @@ def check_options(
     strange = sorted(name for name in held - OUT_FILES if not name.startswith("."))
     if cfg.out.exists() and (strange or not cfg.out.is_dir()):
         raise UserError(
-            f"--out {cfg.out} {f'holds files of something else ({strange[0]})' if strange else 'is a file'}: choose another --out")
+            f"--out {cfg.out} {f'holds files of something else ({strange[0]})' if strange else 'is a file'}: "
+            "choose another --out")
     if held - {"cache"} and not cfg.overwrite:
         raise UserError(
             f"{cfg.out} already holds results: choose another --out, or replace them with "
@@ -132,7 +136,7 @@ def read_part(
     n_workers:int=0,      # processes that decode
     limit:int|None=None,  # so many images at most
 )->Features:
-    "Every image once through the image tower; only a batch of them is in memory. Raises UserError where none can be read."
+    "Every image once through the image tower, a batch in memory. Raises UserError where none can be read."
     stream = LabelStream(part, image_transform(model.config.img_size, normalized=False), limit)
     loader = DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=list,
                         pin_memory=False)
@@ -190,7 +194,7 @@ def kept_features(
 
 # %% ../nbs/91_evaluate.ipynb #c5a21f2e
 class Parts:
-    "Features of the parts of a data set, each computed when it is first asked for; data that nobody split are halved where a task learns."
+    "Features of a data set's parts, computed when first asked for; data without a split are halved for learning."
     def __init__(self,
         data:LabelledData,  # prepared
         model:CLIP,         # any mode

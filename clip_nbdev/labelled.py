@@ -74,7 +74,7 @@ class LabelledFiles(Numbered):
 class LabelledData:
     "Images with classes, in parts, and all that must be fixed beside them."
     name:str
-    parts:dict                      # "train", "val", "test", or "all" where nobody split it -> function that opens the part
+    parts:dict                      # "train", "val", "test", or "all" where nobody split it -> function that opens it
     classnames:tuple                # K names, or tuples of words
     templates:tuple[str, ...]       # sentences with the slot {}
     metric:str="accuracy"           # a key of METRICS
@@ -121,7 +121,7 @@ def images_below(folder:Path)->list[Path]: # sorted
 def class_folders(
     folder:Path, # to look through
 )->dict[str, dict[str, list[Path]]]: # part -> folder's name -> images
-    "FOLDER/<class>/…, or FOLDER/{train,val,test}/<class>/…; without a test part, what is called validation is tested. Raises UserError for half a split."
+    "FOLDER/<class>/…, or FOLDER/{train,val,test}/<class>/…; val is tested where test is missing. Raises UserError."
     dirs = [d for d in visible(folder) if d.is_dir()]
     named = [d for d in dirs if d.name.lower() in SPLITS]
     split = {SPLITS[d.name.lower()]:d for d in named if any(s.is_dir() for s in visible(d))}
@@ -162,7 +162,7 @@ def rename(
     found:list[str],      # names of folders, or of classes in a file
     classnames:Path|None, # other names
 )->tuple:
-    "Class names to be read by people: underscores and dashes become spaces, unless a file gives others. Raises UserError."
+    "Class names for people: underscores and dashes become spaces, unless a file gives others. Raises UserError."
     if classnames is None:
         return tuple(" ".join(name.replace("_", " ").replace("-", " ").split()) for name in found)
     given = read_classnames(classnames)
@@ -177,12 +177,12 @@ def rename(
 class LabelledOptions:
     "What is evaluated, on what."
     model:str="pocket"          # a model that ships with the package, a run folder, or with --random-weights a preset
-    data:str="glyphs"           # glyphs, or glyphs:NAME for one set of the suite; a data set of torchvision (CIFAR10); a folder with one folder a class; a shard pattern; a .csv or .tsv
+    data:str="glyphs"           # glyphs, glyphs:NAME, torchvision's CIFAR10, …, a folder of classes, shards, a .csv or .tsv
     tasks:str="zeroshot"        # any of zeroshot, probe, fewshot, retrieval, with commas between them
-    train_data:str|None=None    # where a probe learns, in the form of --data; default: the data's own training part, or else half of the data
-    template:Annotated[tuple[str, ...], tyro.conf.UseAppendAction]=() # a sentence with the slot {}; may be given several times; default: the authors' templates for the data set, else "a photo of a {}."
-    prompts:str|None=None       # take templates and metric from one of the paper's data sets, for your own copy of it (RESISC45)
-    classnames:Path|None=None   # a file with a class name a line, several words for one class parted by |, in the order of the labels (of folders: as Python sorts them, capitals first)
+    train_data:str|None=None    # where a probe learns, like --data; default: the data's training part, or half of the data
+    template:Annotated[tuple[str, ...], tyro.conf.UseAppendAction]=() # with the slot {}; repeatable
+    prompts:str|None=None       # templates and metric of one of the paper's data sets, for your own copy of it (RESISC45)
+    classnames:Path|None=None   # a file with a class name a line, | between words for one class, in the order of the labels
     prefix:str=""               # what is put before each caption in retrieval; in the paper "a photo of "
     root:Path|None=None         # where torchvision's data sets lie; default $CLIP_NBDEV_DATA, else ./data
     download:bool=False         # let torchvision fetch a data set that is not there
@@ -285,7 +285,7 @@ def from_bytes(
         io.BytesIO(sample[image_in(sample)])), None if label is None else number[label]
 
 class LabelledShards:
-    "Webdataset shards with labels. They are read as a stream, so that remote ones will do; a limit takes the first samples."
+    "Webdataset shards with labels, read as a stream, remote ones too; a limit takes the first samples."
     def __init__(self, pattern:str, number:dict):
         self.pairs,self.number = ShardPairs(pattern),number
 
@@ -310,7 +310,7 @@ def shard_classes(
     pattern:str,          # shards
     classnames:Path|None, # names for numbers
 )->tuple[list, tuple]:    # labels as the shards have them, names
-    "Labels and names: from --classnames, from a classnames.txt beside the shards or above them, or from the shards themselves. Raises UserError."
+    "Labels and names: from --classnames, a classnames.txt beside or above the shards, or the shards. Raises UserError."
     pairs = ShardPairs(pattern)
     first = next((raw_label(s) for s in read_piece(pairs.shards[0])), None)
     if first is None:
@@ -372,7 +372,7 @@ VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "c
 
 WORDS = dict(VOCDetection=tuple(dict(diningtable="dining table", pottedplant="potted plant",
                                      tvmonitor="tv monitor").get(c, c) for c in VOC),
-             SVHN=tuple("0123456789"), USPS=tuple("0123456789")) # where neither the data set nor its prompts bring names
+             SVHN=tuple("0123456789"), USPS=tuple("0123456789")) # where nothing else brings names
 
 def voc_labels(annotation:dict)->Tensor: # (20,) ones where an object of the class is marked, "difficult" ones left out
     "What is on a photograph of VOC 2007."
@@ -474,7 +474,7 @@ def open_set(
     cfg:LabelledOptions, # names the data set
     name:str,        # as somebody typed it
 )->LabelledData:
-    "One of torchvision's data sets, with the prompts and the metric of the paper where it is one of the paper's. Raises UserError."
+    "One of torchvision's data sets, with the paper's prompts and metric where it is one of the paper's. Raises UserError."
     make = constructor(name)
     name,takes = make.__name__,inspect.signature(make.__init__).parameters
     how = CONSTRUCTORS.get(name) or (FLAG if "train" in takes else TWO if "split" in takes

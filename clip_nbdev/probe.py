@@ -34,7 +34,7 @@ def tower_features(
     tower:nn.Module, # image tower
     images:Tensor,   # (B, 3, H, W) normalised
 )->Tensor:           # (B, D)
-    "What is probed: of a ViT the class token behind its last LayerNorm, before the projection; of a ResNet what the attention pool gives (appendix A.3). Raises UserError for other towers with a projection."
+    "Features before the projection: a ViT's class token, a ResNet's pool (A.3). Raises UserError."
     if not isinstance(tower, VisionTransformer):
         if getattr(tower, "proj", None) is not None:
             raise UserError(
@@ -93,7 +93,7 @@ def check_probe(
 
 # %% ../nbs/32_probe.ipynb #1f0a76e0
 def loss_and_gradient(
-    w:np.ndarray, # (rows*(D+1),) weights and intercepts; a row a class, one row alone for two classes
+    w:np.ndarray, # (rows*(D+1),) weights and intercepts; a row a class, or one for two classes
     x:Tensor,     # (N, D)
     y:Tensor,     # (N,) 0 to K-1
     l2:float,     # strength of the penalty
@@ -120,7 +120,7 @@ def fit_torch(
     clf:LogisticRegression, # with the options; is filled in
     device,               # where to compute
 )->LogisticRegression:
-    "scikit-learn's logistic regression, with loss and gradient from PyTorch and scipy's L-BFGS, which scikit-learn takes too."
+    "scikit-learn's logistic regression, with loss and gradient from PyTorch and scipy's L-BFGS."
     clf.classes_,numbers = np.unique(y, return_inverse=True)
     K,(n,D) = len(clf.classes_),x.shape
     data = torch.from_numpy(x).to(device),torch.from_numpy(numbers).to(device)
@@ -138,8 +138,10 @@ def fit_torch(
 class PerColumn:
     "One yes-or-no classifier for each column of a table of labels."
     def __init__(self, clfs:list): self.clfs,self.classes_ = clfs,np.arange(len(clfs))
-    def decision_function(self, x)->np.ndarray: return np.stack([c.decision_function(x) for c in self.clfs], 1)        # (N, K)
-    def predict_proba(self, x)->np.ndarray: return np.stack([c.predict_proba(x)[:,1] for c in self.clfs], 1)           # (N, K)
+    def decision_function(self, x)->np.ndarray: # (N, K)
+        return np.stack([c.decision_function(x) for c in self.clfs], 1)
+    def predict_proba(self, x)->np.ndarray: # (N, K)
+        return np.stack([c.predict_proba(x)[:,1] for c in self.clfs], 1)
 
 # %% ../nbs/32_probe.ipynb #c8ba1ddb
 def fit_logistic(
@@ -150,7 +152,7 @@ def fit_logistic(
     device=None,       # where PyTorch computes loss and gradient; None for scikit-learn on the CPU
     tol:float=1e-4,    # largest entry of the gradient at which L-BFGS stops
 )->LogisticRegression|PerColumn: # fitted
-    "Multinomial logistic regression, C·Σ log-loss + ½‖w‖² (appendix A.3). Raises UserError on bad input."
+    "Multinomial logistic regression, C·Σ log-loss + ½‖w‖² (A.3). Raises UserError on bad input."
     x,y = check_probe(x, y)
     if y.ndim == 2:
         return PerColumn([fit_logistic(x, column, C, max_iter, device, tol) for column in y.T])
@@ -189,7 +191,7 @@ def mean_per_class(
     labels, # (N,) class numbers
     scores, # (N, K)
 )->float:   # 0 to 1
-    "Accuracy of each class that occurs, then their mean: rare classes count as much as common ones."
+    "Accuracy of each class that occurs, then their mean: rare classes count like common ones."
     labels,right = as_array(labels),as_array(scores).argmax(1) == as_array(labels)
     return float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
 
@@ -198,7 +200,7 @@ def map_11_point(
     labels, # (N, K) zeros and ones
     scores, # (N, K)
 )->float:   # 0 to 1
-    "VOC 2007's average precision: the best precision at a recall of at least 0, 0.1, … 1, averaged; then the mean over the classes that occur."
+    "VOC 2007's average precision: mean of the best precisions at a recall of 0, 0.1, … 1 or more."
     labels,scores,found = as_array(labels),as_array(scores),[]
     for target,score in zip(labels.T, scores.T):
         if not target.any(): continue
@@ -213,7 +215,7 @@ def roc_auc(
     labels, # (N,) class numbers, or (N, K) zeros and ones
     scores, # (N, K)
 )->float:   # 0 to 1, 0.5 for guessing
-    "Area under the ROC curve; with more than two classes the mean over one class against the others."
+    "Area under the ROC curve; of more than two classes the mean over one against the others."
     labels,scores = as_array(labels),as_array(scores)
     if labels.ndim == 1: labels = labels[:,None] == np.arange(scores.shape[1])
     if scores.shape[1] == 2 and (labels.sum(1) == 1).all():
@@ -234,7 +236,7 @@ def search_grid(
     n:int=97,      # points of the grid
     step:int=16,   # distance of the first points, a power of two
 )->tuple[int, dict[int, float]]: # index of the best point, and all scores that were asked for
-    "Look at every `step`-th point, then halve the steps around the best (appendix A.3). Of equal scores the first wins."
+    "Look at every `step`-th point, then halve steps around the best (A.3). Of equals the first wins."
     found = {}
     def best(points):
         for i in points:
@@ -253,7 +255,7 @@ def linear_probe(
     max_iter:int=1000,  # of each fit
     device=None,        # as for `fit_logistic`
 )->dict:                # score on test; C; curve: C -> score on val
-    "The paper's protocol: sweep C, refit with training and validation data together, report the test data (appendix A.3). Raises UserError."
+    "The paper's protocol (A.3): sweep C, refit with the validation data, test. Raises UserError."
     parts = [check_probe(*part) for part in (train, val, test)]
     if parts[2][1].ndim == 2 and metric in (accuracy, mean_per_class):
         raise UserError(
@@ -278,7 +280,7 @@ def split_val(
     share:float=0.2,  # of each class that is put aside
     seed:int=0,       # the split is a function of it
 )->tuple[Tensor, Tensor]: # indices for training, indices for validation, both in order
-    "Put a share of every class aside, at least one image and never all: a class of one stays in training. A table of labels is split as one class."
+    "Put a share of every class aside, one image or more, never all; a table counts as one class."
     labels,rng = as_array(labels),np.random.default_rng(seed)
     if not 0 < share < 1: raise UserError(f"share {share} must lie between 0 and 1")
     groups = [np.arange(len(labels))] if labels.ndim == 2 else [
@@ -301,7 +303,7 @@ def few_shot(
     max_iter:int=1000,  # of each fit
     device=None,        # as for `fit_logistic`
 )->dict[int, list[float]]: # examples a class -> a score for each draw
-    "Probes on a few examples of each class; within a draw the few are part of the many (section 3.1.5). Raises UserError where a class has too few."
+    "Probes on a few examples of each class, the few a part of the many (3.1.5). Raises UserError."
     (x,y),test = check_probe(*train),check_probe(*test)
     if y.ndim == 2: raise UserError("few-shot needs one class an image, not a table of labels")
     rows = [np.flatnonzero(y == k) for k in np.unique(y)]
@@ -324,9 +326,9 @@ def few_shot(
 # %% ../nbs/32_probe.ipynb #90e1cc06
 def shots_equal(
     zero_shot:float,  # score without any example
-    curve:dict,       # examples a class -> score, or a score for each draw; the full probe's number included
-)->float:             # examples a class; below 1 an extrapolation, infinite where all examples are not enough
-    "How many labelled examples of each class reach the zero-shot score: straight lines over the logarithm of their number (figure 7)."
+    curve:dict,       # examples a class -> score or scores; the full probe's number included
+)->float:             # examples a class; below 1 extrapolated, infinite where all are not enough
+    "How many examples a class reach the zero-shot score: lines over their logarithm (figure 7)."
     n = sorted(curve)
     if len(n) < 2 or n[0] <= 0:
         raise UserError("a curve needs at least two numbers of examples above 0")
@@ -340,7 +342,7 @@ def shots_equal(
 
 # %% ../nbs/32_probe.ipynb #ffe90613
 class SupervisedResNet(nn.Module):
-    "CLIP's ResNet with a linear classifier in the text tower's place: what is learned from class numbers alone."
+    "CLIP's ResNet with a linear classifier in the text tower's place, for class numbers alone."
     def __init__(self,
         n_classes:int,    # K
         img_size:int=48,  # side of the images in pixels
@@ -373,7 +375,7 @@ def supervised_step(
 
 # %% ../nbs/32_probe.ipynb #f7de6061
 def train_supervised(
-    pairs:GlyphPairs,                  # where images come from; the classes are its concepts, in their order
+    pairs:GlyphPairs,                  # where images come from; its concepts are the classes
     img_size:int,                      # side of the images in pixels, that of `pairs`
     width:int,                         # channels after the stem
     n_steps:int,                       # optimiser steps
@@ -382,8 +384,8 @@ def train_supervised(
     lr:float=RECIPES["small"]["lr"],  # peak learning rate
     moments:tuple[float, ...]=(1.,),   # shares of the training after which a copy is kept
     device=None,                       # where to compute, default the CPU
-)->tuple[SupervisedResNet, dict[float, SupervisedResNet]]: # the model; moment -> copy; all in evaluation mode
-    "Learn to tell the concepts of a corpus apart, with CLIP's recipe: AdamW, warm-up, cosine. Raises UserError for sizes that differ."
+)->tuple[SupervisedResNet, dict[float, SupervisedResNet]]: # model; moment -> copy; in eval mode
+    "Learn to tell a corpus's concepts apart, with CLIP's recipe. Raises UserError for bad sizes."
     if img_size != pairs.img_size:
         raise UserError(f"img_size {img_size}, and the images have {pairs.img_size} pixels")
     seed_all(seed)

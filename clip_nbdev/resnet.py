@@ -16,7 +16,7 @@ from .transformer import attend_once
 
 # %% ../nbs/14_resnet.ipynb #4c28328b
 class Bottleneck(nn.Module):
-    "A residual block whose strided convolutions are replaced by average pooling before a plain one (ResNet-D, rect-2 blur)."
+    "A residual block that halves by averages instead of strides (ResNet-D, rect-2 blur)."
     expansion = 4
     def __init__(self,
         n_in:int,     # channels in
@@ -52,7 +52,7 @@ def stage(
     n_blocks:int, # how many blocks
     stride:int,   # of the first block: 2 halves height and width
 )->nn.Sequential:
-    "One stage of the tower. Each block starts as its shortcut alone: the scale of its last BatchNorm is 0."
+    "One stage of the tower. Each block starts as its shortcut: its last BatchNorm scales by 0."
     blocks = [Bottleneck(n_in, planes, stride)] + [Bottleneck(planes*4, planes)
                                                    for _ in range(n_blocks-1)]
     for block in blocks: nn.init.zeros_(block.bn3.weight)
@@ -89,12 +89,12 @@ class AttentionPool2d(nn.Module):
 
 # %% ../nbs/14_resnet.ipynb #7255ecc1
 class ModifiedResNet(nn.Module):
-    "CLIP's image tower of the ResNet family: a three-convolution stem, blur pooling, attention pooling. Raises ValueError for a size it cannot halve."
+    "CLIP's ResNet: stem, blur and attention pooling. Raises ValueError for a size it can't halve."
     def __init__(self,
-        layers:tuple[int, int, int, int], # blocks in each of the four stages; (3, 4, 6, 3) is ResNet-50
+        layers:tuple[int, int, int, int], # blocks in each stage; (3, 4, 6, 3) is ResNet-50
         embed_dim:int,                    # of the shared space
         img_size:int=224,                 # side of the images in pixels, even and at least 32
-        width:int=64,                     # channels after the stem; the last stage has 32 times as many
+        width:int=64,                     # channels after the stem; the last stage has 32 times it
         n_heads:int|None=None,            # of the attention pool, default one for 64 channels
     ):
         super().__init__()
@@ -117,7 +117,7 @@ class ModifiedResNet(nn.Module):
                                         embed_dim)
 
     def stem(self, x:Tensor)->Tensor: # (B, 3, H, W) -> (B, width, H/4, W/4)
-        "Three 3×3 convolutions and a pooling, where ResNet-50 has one 7×7 convolution and a max-pooling."
+        "Three 3×3 convolutions and a pooling, for ResNet-50's 7×7 convolution and max-pooling."
         for conv,bn in ((self.conv1,self.bn1), (self.conv2,self.bn2), (self.conv3,self.bn3)):
             x = F.relu(bn(conv(x)), inplace=True)
         return self.avgpool(x)
@@ -126,7 +126,7 @@ class ModifiedResNet(nn.Module):
         "What the attention pool reads; of any size."
         return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
 
-    def forward(self, x:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised, any memory layout -> (B, E)
+    def forward(self, x:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised -> (B, E)
         if x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"images of {tuple(x.shape[2:])} pixels, and the tower's positions are for "
@@ -138,7 +138,7 @@ def compound_scale(
     base:dict,    # layers, width and img_size of a tower
     factor:float, # how many times its operations
 )->dict:          # layers, width and img_size of another
-    "Equal shares of additional compute for depth, width and resolution (section 2.4). Raises ValueError for a factor that is not positive."
+    "Equal shares of extra compute for depth, width, resolution (2.4). Raises ValueError below 0."
     if factor <= 0: raise ValueError(f"factor {factor} must be positive")
     share = factor**(1/3) # operations grow with depth, and with the squares of width and resolution
     near = lambda value,step: max(step, step*round(value/step))

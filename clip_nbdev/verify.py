@@ -99,7 +99,7 @@ def check_fit(
 def check_scale(
     model:CLIP, # opened
 )->dict:
-    "Weights must be finite, and the temperature within the paper's bound (section 2.5: logits are never scaled by more than 100)."
+    "Weights must be finite, and the scale at most 100 (section 2.5)."
     broken = [k for k,p in model.state_dict().items() if not p.isfinite().all()]
     scale = model.scale.item()
     # 100 is 100.03 where its logarithm was kept in half precision
@@ -233,7 +233,7 @@ def published(
 def open_imagenet_v2(
     folder:Path, # with folders 0 to 999, as the data set is distributed
 )->LabelledData:
-    "ImageNet-V2 with the authors' class names and 80 templates. Raises UserError for another folder, and where clip-benchmark, which carries the names, is missing."
+    "ImageNet-V2 with the authors' names and 80 templates, which clip-benchmark carries. Raises UserError."
     if not folder.is_dir(): raise UserError(f"no folder {folder}")
     classes = [d for d in folder.iterdir() if d.is_dir() and d.name.isdigit()
                and int(d.name) < 1000]
@@ -249,20 +249,20 @@ def open_imagenet_v2(
 # %% ../nbs/92_verify.ipynb #bf900624
 @dataclass
 class VerifyConfig:
-    "Check weights against what was published: file, shapes, pixels, tokens, embeddings, accuracy. Start it by: python -m clip_nbdev.verify"
-    model:Annotated[str, tyro.conf.Positional] # a name (ViT-B/32) with --weights; or a file, a folder, hf-hub:owner/name, a run
-    weights:str|None=None         # of that name: a file, a folder, hf-hub:owner/name, or "openai" to download the released ones
+    "Check weights against what was published, from the file to accuracy. Start it by: python -m clip_nbdev.verify"
+    model:Annotated[str, tyro.conf.Positional] # a name with --weights; or a file, a folder, hf-hub:owner/name, a run
+    weights:str|None=None         # of that name: a file, a folder, hf-hub:owner/name, or "openai" to download them
     quick_gelu:bool|None=None     # the activation, where neither a name nor a configuration tells it
-    tokenizer:str|None=None       # the released merges file, or a folder with tokenizer.json; default: beside the weights, $CLIP_NBDEV_MERGES, an installed open_clip
+    tokenizer:str|None=None       # the merges file, or a folder with tokenizer.json; default: $CLIP_NBDEV_MERGES, open_clip
     trust_torchscript:bool=False  # run a TorchScript archive that OpenAI did not publish
     imagenet_v2:Path|None=None    # folder of ImageNet-V2 (with folders 0 to 999): measure accuracy
-    data:Annotated[tuple[str, ...], tyro.conf.UseAppendAction]=() # another set to measure, as `clip_nbdev.evaluate --data` takes it (CIFAR10); may be given several times
+    data:Annotated[tuple[str, ...], tyro.conf.UseAppendAction]=() # a set to measure; repeatable
     root:Path|None=None           # where torchvision's data sets lie; default $CLIP_NBDEV_DATA, else ./data
     download:bool=False           # let torchvision fetch a data set that is not there
     limit:int|None=None           # look at so many images, drawn at random; accuracies are then shown and not judged
     batch_size:int=64             # images at a time
     workers:int=0                 # processes that read images
-    device:str|None=None          # cuda, mps or cpu, for accuracies; default the fastest at hand. All else is done on the CPU in float32
+    device:str|None=None          # cuda, mps or cpu, for accuracies; default the fastest at hand. All else: CPU, float32
     out:Path=Path("runs/verify")  # folder for the table (verify.csv), features and classifiers
 
 # %% ../nbs/92_verify.ipynb #7c394f51
@@ -289,7 +289,9 @@ def accuracies(
             continue
         wanted,mark = published(opened.name, name)
         near = wanted is not None and abs(score - wanted) <= NEAR
-        why = "no published score is known" if wanted is None else "a part of the set" if cfg.limit else "the published score is from memory" if mark and not near else ""
+        why = "the published score is from memory" if mark and not near else ""
+        if cfg.limit: why = "a part of the set"
+        if wanted is None: why = "no published score is known"
         rows.append(line(f"zero-shot on {opened.name}, {opened.metric.replace('_', ' ')}, %",
                          "" if wanted is None else f"{wanted:.1f}{f' {mark}' if mark else ''}",
                          f"{score:.2f} ({n:,} images){f'; {why}' if why else ''}",

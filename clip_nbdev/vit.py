@@ -13,7 +13,7 @@ from .transformer import QuickGELU, Transformer
 
 # %% ../nbs/13_vit.ipynb #3f2bf1d7
 class VisionTransformer(nn.Module):
-    "CLIP's image tower of the ViT family: patches and a class token, LayerNorm before and after the blocks, read at the class token (section 2.4)."
+    "CLIP's vision transformer: patches and a class token, read at the class token (section 2.4)."
     def __init__(self,
         embed_dim:int,      # of the shared space
         img_size:int=224,   # side of the images in pixels, a multiple of patch_size
@@ -39,7 +39,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
 
     def tokens(self, images:Tensor)->Tensor: # (B, 3, img_size, img_size) -> (B, 1+P, D)
-        "What the first block reads: the class token and the patches, with their positions, normalised. Raises ValueError for another size."
+        "What the first block reads: class token and patches. Raises ValueError for another size."
         if images.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"images of {tuple(images.shape[2:])} pixels, and the tower's positions are for "
@@ -49,6 +49,6 @@ class VisionTransformer(nn.Module):
                       1) + self.positional_embedding
         return self.ln_pre(x)
 
-    def forward(self, images:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised, any memory layout -> (B, E)
+    def forward(self, images:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised -> (B, E)
         at_class = torch.zeros(len(images), dtype=torch.long, device=images.device)
         return self.ln_post(self.transformer(self.tokens(images), at=at_class)) @ self.proj
