@@ -54,11 +54,11 @@ class EvalConfig(LabelledOptions):
     "Evaluate a model on images: zero-shot, by probes, by retrieval. Start it by: python -m clip_nbdev.evaluate"
     out:Path=Path("runs/evaluation") # folder to write: results.csv, results.json, report.md, figures
     overwrite:bool=False        # replace results that are already there; the cache stays
-    weights:str|None=None       # of --model's name: a file, a folder, hf-hub:owner/name, or openai to download the released ones
+    weights:str|None=None       # of --model's name: a file, a folder, hf-hub:owner/name, or openai to download them
     quick_gelu:bool|None=None   # the activation, where neither a name nor a configuration tells it
     trust_torchscript:bool=False # run a TorchScript archive that OpenAI did not publish
     random_weights:bool=False   # take --model as the name of a preset: a baseline, or a try of the full size
-    merges:str|None=None        # CLIP's merges; default: beside --weights, $CLIP_NBDEV_MERGES, open_clip; or learned from names
+    merges:str|None=None        # CLIP's merges; default: beside --weights, $CLIP_NBDEV_MERGES, open_clip's
     limit:int|None=None         # look at so many images a part, drawn at random, and no more
     shots:tuple[int, ...]|None=None # examples a class for few-shot; default 1 2 4 8 16, as far as they go
     draws:int=3                 # how many times they are drawn

@@ -236,7 +236,7 @@ def search_grid(
     n:int=97,      # points of the grid
     step:int=16,   # distance of the first points, a power of two
 )->tuple[int, dict[int, float]]: # index of the best point, and all scores that were asked for
-    "Look at every `step`-th point, then halve steps around the best (A.3). Of equals the first wins."
+    "Look at every `step`-th point, then halve steps around the best (A.3). Of equals, the first."
     found = {}
     def best(points):
         for i in points:
