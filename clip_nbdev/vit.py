@@ -13,15 +13,15 @@ from .transformer import QuickGELU, Transformer
 
 # %% ../nbs/13_vit.ipynb #3f2bf1d7
 class VisionTransformer(nn.Module):
-    "CLIP's vision transformer: patches and a class token, read at the class token (section 2.4)."
+    "CLIP's vision transformer (section 2.4). Raises ValueError where patches do not fill an image."
     def __init__(self,
-        embed_dim:int,      # of the shared space
-        img_size:int=224,   # side of the images in pixels, a multiple of patch_size
-        patch_size:int=32,  # side of a patch in pixels
-        width:int=768,      # of the residual stream
-        n_layers:int=12,    # number of blocks
-        n_heads:int=12,     # must divide width
-        act:type=QuickGELU, # activation of the MLPs
+        embed_dim:int,           # of the shared space
+        img_size:int=224,        # side of the images in pixels, a multiple of patch_size
+        patch_size:int=32,       # side of a patch in pixels
+        width:int=768,           # of the residual stream
+        n_layers:int=12,         # number of blocks
+        n_heads:int=12,          # must divide width
+        act:type=QuickGELU,      # activation of the MLPs
         mlp_width:int|None=None, # between the two maps of each MLP; None is four times width
     ):
         super().__init__()
@@ -30,25 +30,29 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn((img_size//patch_size)**2+1, width)
-                                                 * width**-0.5)
+        n_tokens = (img_size//patch_size)**2 + 1
+        self.positional_embedding = nn.Parameter(torch.randn(n_tokens, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, n_layers, n_heads, act=act, scaled_init=False,
                                        mlp_width=mlp_width)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
 
-    def tokens(self, images:Tensor)->Tensor: # (B, 3, img_size, img_size) -> (B, 1+P, D)
+    def tokens(self,
+        images:Tensor, # (B, 3, img_size, img_size) normalised
+    )->Tensor:         # (B, 1+P, D)
         "What the first block reads: class token and patches. Raises ValueError for another size."
         if images.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"images of {tuple(images.shape[2:])} pixels, and the tower's positions are for "
                 f"img_size {self.img_size}")
         patches = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches],
-                      1) + self.positional_embedding
-        return self.ln_pre(x)
+        x = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches], 1)
+        return self.ln_pre(x + self.positional_embedding)
 
-    def forward(self, images:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised -> (B, E)
+    def forward(self,
+        images:Tensor, # (B, 3, img_size, img_size) normalised, any memory layout
+    )->Tensor:         # (B, E)
+        "Image embeddings, not of unit length. Raises ValueError for another size."
         at_class = torch.zeros(len(images), dtype=torch.long, device=images.device)
         return self.ln_post(self.transformer(self.tokens(images), at=at_class)) @ self.proj
