@@ -16,7 +16,7 @@ from .transformer import attend_once
 
 # %% ../nbs/14_resnet.ipynb #4c28328b
 class Bottleneck(nn.Module):
-    "A residual block that halves by averages instead of strides (ResNet-D, rect-2 blur)."
+    "A residual block that halves the grid by averages, not strides (ResNet-D, rect-2 blur; 2.4)."
     expansion = 4
     def __init__(self,
         n_in:int,     # channels in
@@ -39,7 +39,9 @@ class Bottleneck(nn.Module):
                 OrderedDict([("-1", pool), ("0", nn.Conv2d(n_in, n_out, 1, bias=False)),
                              ("1", nn.BatchNorm2d(n_out))]))
 
-    def forward(self, x:Tensor)->Tensor: # (B, n_in, H, W) -> (B, 4*planes, H/stride, W/stride)
+    def forward(self,
+        x:Tensor, # (B, n_in, H, W)
+    )->Tensor:    # (B, 4*planes, H/stride, W/stride)
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(self.avgpool(y)))
@@ -52,15 +54,15 @@ def stage(
     n_blocks:int, # how many blocks
     stride:int,   # of the first block: 2 halves height and width
 )->nn.Sequential:
-    "One stage of the tower. Each block starts as its shortcut: its last BatchNorm scales by 0."
-    blocks = [Bottleneck(n_in, planes, stride)] + [Bottleneck(planes*4, planes)
-                                                   for _ in range(n_blocks-1)]
+    "One stage. Each block starts as its shortcut alone: its last BatchNorm has scale 0."
+    blocks = [Bottleneck(n_in, planes, stride)]
+    blocks += [Bottleneck(planes*4, planes) for _ in range(n_blocks-1)]
     for block in blocks: nn.init.zeros_(block.bn3.weight)
     return nn.Sequential(*blocks)
 
 # %% ../nbs/14_resnet.ipynb #e48f30c5
 class AttentionPool2d(nn.Module):
-    "One layer of attention whose only query is the mean of the feature map (section 2.4)."
+    "One layer of attention; its only query is the mean of the feature map (section 2.4)."
     def __init__(self,
         side:int,      # height and width of the feature map
         width:int,     # its channels
@@ -77,24 +79,28 @@ class AttentionPool2d(nn.Module):
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
             nn.init.normal_(proj.weight, std=width**-0.5)
 
-    def tokens(self, x:Tensor)->Tensor: # (B, D, side, side) -> (B, 1+P, D)
+    def tokens(self,
+        x:Tensor, # (B, D, side, side)
+    )->Tensor:    # (B, 1+P, D)
         "The mean of the feature map and its cells, with their positions."
         x = x.flatten(2).transpose(1, 2)
         return torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding
 
-    def forward(self, x:Tensor)->Tensor: # (B, D, side, side) -> (B, E)
+    def forward(self,
+        x:Tensor, # (B, D, side, side)
+    )->Tensor:    # (B, E)
         x,k,v = self.tokens(x),self.k_proj,self.v_proj
         return self.c_proj(attend_once(self.q_proj(x[:,0]), x, k.weight, k.bias, v.weight, v.bias,
                                        self.n_heads))
 
 # %% ../nbs/14_resnet.ipynb #7255ecc1
 class ModifiedResNet(nn.Module):
-    "CLIP's ResNet: stem, blur and attention pooling. Raises ValueError for a size it can't halve."
+    "CLIP's modified ResNet (section 2.4). Raises ValueError for an img_size it cannot halve."
     def __init__(self,
         layers:tuple[int, int, int, int], # blocks in each stage; (3, 4, 6, 3) is ResNet-50
         embed_dim:int,                    # of the shared space
         img_size:int=224,                 # side of the images in pixels, even and at least 32
-        width:int=64,                     # channels after the stem; the last stage has 32 times it
+        width:int=64,                     # channels after the stem; the last stage has 32*width
         n_heads:int|None=None,            # of the attention pool, default one for 64 channels
     ):
         super().__init__()
@@ -116,17 +122,24 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool2d(img_size//32, width*32, n_heads or max(1, width*32//64),
                                         embed_dim)
 
-    def stem(self, x:Tensor)->Tensor: # (B, 3, H, W) -> (B, width, H/4, W/4)
-        "Three 3×3 convolutions and a pooling, for ResNet-50's 7×7 convolution and max-pooling."
+    def stem(self,
+        x:Tensor, # (B, 3, H, W)
+    )->Tensor:    # (B, width, H/4, W/4)
+        "Three 3×3 convolutions and an average."
         for conv,bn in ((self.conv1,self.bn1), (self.conv2,self.bn2), (self.conv3,self.bn3)):
             x = F.relu(bn(conv(x)), inplace=True)
         return self.avgpool(x)
 
-    def feature_map(self, x:Tensor)->Tensor: # (B, 3, H, W) -> (B, 32*width, H/32, W/32)
-        "What the attention pool reads; of any size."
+    def feature_map(self,
+        x:Tensor, # (B, 3, H, W)
+    )->Tensor:    # (B, 32*width, H/32, W/32)
+        "What the attention pool reads, for images of any size."
         return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
 
-    def forward(self, x:Tensor)->Tensor: # (B, 3, img_size, img_size) normalised -> (B, E)
+    def forward(self,
+        x:Tensor, # (B, 3, img_size, img_size) normalised, any memory layout
+    )->Tensor:    # (B, E)
+        "Image embeddings, not of unit length. Raises ValueError for another size."
         if x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"images of {tuple(x.shape[2:])} pixels, and the tower's positions are for "
@@ -138,7 +151,7 @@ def compound_scale(
     base:dict,    # layers, width and img_size of a tower
     factor:float, # how many times its operations
 )->dict:          # layers, width and img_size of another
-    "Equal shares of extra compute for depth, width, resolution (2.4). Raises ValueError below 0."
+    "Equal shares of compute for depth, width, resolution (2.4). Raises ValueError if factor <= 0."
     if factor <= 0: raise ValueError(f"factor {factor} must be positive")
     share = factor**(1/3) # operations grow with depth, and with the squares of width and resolution
     near = lambda value,step: max(step, step*round(value/step))
