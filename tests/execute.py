@@ -31,7 +31,7 @@ def bare(source):
         docstring = alone and token.type == tokenize.STRING and after.type in (tokenize.NEWLINE, tokenize.ENDMARKER)
         alone = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
         if not docstring: kept.append(token.string)
-    return "".join("".join(kept).split())
+    return re.sub(r",([)\]}])", r"\1", "".join("".join(kept).split())) # a comma before a bracket is layout too
 
 
 def modules_in(tree):
