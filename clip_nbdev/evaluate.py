@@ -260,7 +260,7 @@ def score(
     labels:Tensor,     # (N,) or (N, K)
     logits:Tensor,     # (N, K)
 )->float:              # 0 to 1
-    "The data's metric. Ties are broken by lot and not in favour of the first class."
+    "The data's metric. Ties are broken at random and not in favour of the first class."
     if data.metric not in ("accuracy", "mean_per_class"):
         return SCORES[data.metric](labels, logits.cpu())
     return SCORES[data.metric](labels, F.one_hot(predict(logits, data.choices), logits.shape[1]))
