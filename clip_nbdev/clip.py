@@ -102,7 +102,7 @@ def check_batch(
     images:Tensor,    # (B, 3, H, W)
     visual:nn.Module, # the image tower that they go into
 ):
-    "Raise UserError for pixels that are no normalised numbers. Warn of a single image before a training BatchNorm."
+    "Raise UserError for images that are no normalised floats. Warn of a single image before a training BatchNorm."
     if not images.is_floating_point():
         raise UserError(f"images of type {images.dtype} are not normalised: `preprocess` as `load` gives it does that, "
                         f"or `normalize` in clip_nbdev.data")
@@ -135,7 +135,7 @@ class CLIP(nn.Module):
         normalize:bool=False, # rows of length 1
     )->Tensor:                # (B, E) in the model's own precision
         """Embed images. Warns where a single image meets BatchNorm in training mode.
-        Raises UserError for pixels that are no normalised numbers."""
+        Raises UserError for images that are no normalised floats."""
         check_batch(images, self.visual)
         dtype = self.logit_scale.dtype
         emb = self.visual(images.to(dtype, memory_format=torch.channels_last))

@@ -59,6 +59,7 @@ def overfit_one_batch(
     losses = []
     for _ in progress(range(steps), desc="overfitting one batch"):
         img_emb,txt_emb,scale,*bias = model(images, tokens)
+        # a model with a bias takes the sigmoid loss of chapter 21
         loss = siglip_loss(img_emb, txt_emb, scale,
                            *bias) if bias else clip_loss(img_emb, txt_emb, scale)
         optimizer.zero_grad()
