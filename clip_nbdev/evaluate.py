@@ -37,9 +37,10 @@ from .checkpoint import load
 from .clip import CLIP, PRESETS, create_model, preset_name
 from .core import PALETTE, PAPER, UserError, commit, default_device, evaluating, hardware
 from .core import progress, seed_all, set_style
-from .data import image_transform, is_remote, normalize, open_pairs, reason
+from .data import image_transform, is_remote, normalize, open_pairs, reason, shards_below, texts_beside
+from .files import files_below, is_table, visible
 from .glyphs import EvalSet, GlyphPairs
-from .labelled import Drawn, LabelledData, LabelledOptions, LabelStream, images_below
+from .labelled import Drawn, LabelledData, LabelledOptions, LabelStream
 from .labelled import open_data, open_glyphs, prepared, with_training
 from .probe import METRICS, few_shot, image_features, linear_probe, split_val, tower_features
 from .retrieval import embed_pairs, recall_at
@@ -396,9 +397,8 @@ def open_captions(
         f"{cfg.data} gives no captions here, so retrieval has nothing to retrieve: leave it out of "
         f"--tasks, or give images with captions (shards, a .csv with --caption-col, a folder with "
         f"a .txt beside each image)")
-    if path.is_dir() and not any(path.glob("*.tar")) and not any(
-        p.with_suffix(end).is_file() for p in images_below(path) for end in (".txt", ".json")):
-        raise no
+    if path.is_dir() and not (shards_below(path) or any(map(is_table, visible(path)))
+                              or texts_beside(files_below(path))): raise no
     if not (path.exists() or ".tar" in cfg.data or is_remote(cfg.data)): raise no
     pairs = open_pairs(cfg.data, cfg.image_col, cfg.caption_col)
     if not any(captions for _,_,captions in islice(pairs.samples(), 100)): raise no

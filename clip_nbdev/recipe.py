@@ -26,10 +26,13 @@ from .core import UserError
 @dataclass
 class DataOptions:
     "What is learned from, and what is evaluated on."
-    data:str="glyphs" # what to train on: glyphs, shards (train-{0000..0005}.tar), .csv, .tsv, torchvision:NAME, folder
+    data:str="glyphs" # what to train on: glyphs, shards (train-{0000..0005}.tar), a table, torchvision:NAME, a folder
     eval_data:str|None=None        # pairs for retrieval (recall at 1, 5, 10), in any form that --data takes
     image_col:str="filepath"       # column of the image paths in a table
-    caption_col:str="caption"      # column of the captions in a table
+    caption_col:str="caption"      # column of the captions in a table, or field of the .json in shards
+    image_key:str|None=None        # ending of the images in shards, where it has to be named (input.jpg)
+    caption_key:str|None=None      # ending of the captions in shards, likewise
+    classnames:Path|None=None      # names for class folders, one a line, in the order of the folders
     crop_scale:float=0.9           # smallest share of the area that the random square crop keeps (not for glyphs)
     merges:str|None=None           # CLIP's released merges; default: a vocabulary learned from the captions
     workers:int=0                  # image-reading processes for each training process; 0 reads in the process itself

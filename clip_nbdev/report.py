@@ -37,8 +37,8 @@ def share_of_images(
 )->tuple:                    # (images (N, E), texts (M, E), the image of each text (M,)), counts (3,)
     "Embed this process's share of --eval-data."
     transform = image_transform(model.config.img_size, normalized=False)
-    stream = PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col), transform, rank,
-                        world)
+    pairs = open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col, cfg.image_key, cfg.caption_key, cfg.classnames)
+    stream = PairStream(pairs, transform, rank, world)
     return embed_pairs(model, tokenizer, pair_loader(stream, 256)), stream.counts
 
 def join_shares(

@@ -212,10 +212,11 @@ def file_source(
     world:int,       # number of processes
 )->Source:
     "Files or shards, each process its share. Raises UserError where they hold less than a batch, or no caption."
-    pairs = open_pairs(cfg.data, cfg.image_col, cfg.caption_col)
+    pairs = open_pairs(cfg.data, cfg.image_col, cfg.caption_col, cfg.image_key, cfg.caption_key, cfg.classnames)
     transform = image_transform(img_size, True, cfg.crop_scale, normalized=False)
     stream = TrainStream(pairs, transform, cfg.batch_size, cfg.seed, rank, world, cfg.workers)
     n_pairs,n_global = len(pairs),cfg.batch_size*world
+    if rank == 0: print(*pairs.notes, sep="\n", end="\n" if pairs.notes else "")
     if n_pairs < n_global:
         mend = "lower --batch-size" if n_pairs >= 2*world else "a pair needs others to be contrasted with"
         raise UserError(f"{cfg.data} has {n_pairs} pairs, fewer than one batch of {n_global}: {mend}")
@@ -311,7 +312,8 @@ def build_parts(
 )->tuple:                        # source, tokenizer, model
     "What a training needs. Opens --eval-data too, so that what is wrong there is said now. Raises UserError."
     if cfg.eval_data:
-        next(iter(PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col), image_transform(32))))
+        next(iter(PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col, cfg.image_key, cfg.caption_key,
+                                        cfg.classnames), image_transform(32))))
     if cfg.init: model,_,tokenizer = load(cfg.init)
     img_size = cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size
     source = source or make_source(cfg, img_size, rank, world)

@@ -31,7 +31,8 @@ from .core import UserError, progress
 from .data import MEAN, STD, normalize, reason
 from .evaluate import EvalConfig, Parts, resolved, zero_shot
 from .glyphs import GlyphPairs
-from .labelled import LabelledData, LabelledFiles, open_data, images_below, prepared
+from .files import images_below
+from .labelled import LabelledData, LabelledFiles, open_data, prepared
 from .prompts import dataset_prompts, paper_set
 from .sources import RELEASES, release_of, sha256
 from .stream import one_line

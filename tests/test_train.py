@@ -317,7 +317,7 @@ class NoisePairs(GlyphPairs):
     (["--data", "missing-{0000..0003}.tar"], "no shard matches missing-0000.tar"),
     (["--data", "missing.csv"], "no file missing.csv"),
     (["--data", "no such thing"], "can't tell what"),
-    (["--data", "table.csv"], "has no column 'caption'"),
+    (["--data", "words.csv"], "has no column 'caption'"),
     (["--data", "blank.csv"], "no image has a caption"),
     (["--preset", "nope"], "no preset 'nope': there are"),
     (["--steps", "3", "--minutes", "2"], "--minutes and --steps contradict each other"),
@@ -351,6 +351,7 @@ def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, capsys, options, s
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32)).save("one.png")
     Path("table.csv").write_text("filepath,text\none.png,an image\n")
+    Path("words.csv").write_text("filepath,words\none.png,an image\n")
     Path("blank.csv").write_text("filepath,caption\none.png,  \n")
     Path("bad.png").write_text("no image")
     Path("broken.csv").write_text("filepath,text\nbad.png,an image\n")
