@@ -101,12 +101,20 @@ def towers(
 def check_batch(
     images:Tensor,    # (B, 3, H, W)
     visual:nn.Module, # the image tower that they go into
+    img_size:int,     # that it was built for
 ):
     "Raise UserError for images that are no normalised floats. Warn of a single image before a training BatchNorm."
+    if not isinstance(images, Tensor):
+        raise UserError(f"images must be a tensor (B, 3, H, W), not {type(images).__name__}: `preprocess` as `load` "
+                        f"gives it makes one of each image, and torch.stack a batch")
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2:] != (img_size, img_size):
+        one = "; one image becomes a batch by image[None]" if images.ndim == 3 else ""
+        raise UserError(f"images of shape {tuple(images.shape)}, and this model takes "
+                        f"(B, 3, {img_size}, {img_size}){one}")
     if not images.is_floating_point():
         raise UserError(f"images of type {images.dtype} are not normalised: `preprocess` as `load` gives it does that, "
                         f"or `normalize` in clip_nbdev.data")
-    if len(images) == 1 and any(m.training for m in visual.modules() if isinstance(m, _BatchNorm)):
+    if any(m.training for m in visual.modules() if isinstance(m, _BatchNorm)) and len(images) == 1:
         warnings.warn("one image in training mode: BatchNorm takes its statistics from it alone; call model.eval() "
                       "first", stacklevel=3)
 
@@ -136,7 +144,7 @@ class CLIP(nn.Module):
     )->Tensor:                # (B, E) in the model's own precision
         """Embed images. Warns where a single image meets BatchNorm in training mode.
         Raises UserError for images that are no normalised floats."""
-        check_batch(images, self.visual)
+        check_batch(images, self.visual, self.config.img_size)
         dtype = self.logit_scale.dtype
         emb = self.visual(images.to(dtype, memory_format=torch.channels_last))
         emb = emb.to(dtype) # autocast gave half precision
@@ -146,7 +154,10 @@ class CLIP(nn.Module):
         tokens:Tensor,        # (B, L) ids
         normalize:bool=False, # rows of length 1
     )->Tensor:                # (B, E) in the model's own precision
-        "Embed texts. Raises ValueError for a text without [EOS]."
+        "Embed texts. Raises ValueError for a text without [EOS], UserError for what are no ids."
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            raise UserError("encode_text takes ids (B, L) as a tensor of whole numbers: "
+                            "tokenizer(texts) gives them")
         emb = self.text(tokens).to(self.logit_scale.dtype)
         return F.normalize(emb, dim=-1) if normalize else emb
 

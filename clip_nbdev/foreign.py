@@ -14,7 +14,8 @@ from pathlib import Path
 from .clip import PRESETS, RENAMED, CLIPConfig, preset_name
 from .core import UserError
 from .data import MEAN, STD
-from .formats import config_of, facts_of_hf, facts_of_open_clip, objects, released_names, with_clip_pixels
+from .formats import (
+    config_of, facts_of_hf, facts_of_open_clip, objects, released_names, size_of, with_clip_pixels)
 from .sources import HUB, RELEASES, WEIGHT_FILES, fetch, find_merges
 from .sources import kind_of, read_folder, read_json, read_tensors, release_of
 from .tokenizer import BPE, BPETokenizer
@@ -202,6 +203,8 @@ def open_foreign(
     # such a name belongs to a folder
     folder = path if path.is_dir() else path.parent if path.name in WEIGHT_FILES else None
     facts = facts_of_name(name) if name else {}
+    # a preset's name leaves the size to the weights, unless it says one
+    usual = facts.pop("img_size") if name in PRESETS and "@" not in name else None
     beside,mean,std = facts_beside(folder) if folder else ({}, MEAN, STD)
     facts = agree(facts, beside, f"the configuration in {folder}")
     if path.is_file() and kind_of(path) == "torchscript" and (published := release_of(path)):
@@ -210,6 +213,7 @@ def open_foreign(
     if quick_gelu is not None: facts = agree(facts, dict(quick_gelu=quick_gelu), "your word")
     read = read_folder if path.is_dir() else read_tensors
     state = released_names(read(path, trust_torchscript))
+    if usual and "img_size" not in facts: facts["img_size"] = size_of(state, usual)
     config = config_of(state, **facts)
     state = with_clip_pixels(state, mean, std)
     return state, config, find_tokenizer(tokenizer, folder, config, asked)

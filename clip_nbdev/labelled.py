@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FLAG', 'TWO', 'THREE', 'AS_TEST', 'CONSTRUCTORS', 'VIDEOS', 'VOC', 'WORDS', 'TARGETS', 'Numbered', 'LabelledFiles',
            'LabelledData', 'LabelStream', 'strays', 'LabelledOptions', 'open_folder', 'whole', 'open_table',
-           'raw_label', 'from_bytes', 'LabelledShards', 'shard_classes', 'open_shards', 'voc_labels', 'kitti_distance',
-           'clevr_count', 'LabelledSet', 'constructor', 'make_set', 'set_names', 'open_set', 'Drawn', 'open_glyphs',
-           'open_data', 'prepared', 'with_training']
+           'raw_label', 'from_bytes', 'LabelledShards', 'beside_shards', 'read_templates', 'shard_parts',
+           'shard_classes', 'open_shards', 'voc_labels', 'kitti_distance', 'clevr_count', 'LabelledSet', 'constructor',
+           'make_set', 'set_names', 'open_set', 'Drawn', 'open_glyphs', 'open_data', 'prepared', 'with_training']
 
 # %% ../nbs/90_labelled.ipynb #2a580ac5
 import hashlib
@@ -33,14 +33,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets import VisionDataset
 
 from .core import UserError, data_dir, progress
-from .data import ShardPairs, read_piece, shards_below
+from .data import ShardPairs, read_piece, resizable, shards_below
 from .files import (
     IMAGE_ENDINGS, LABELS, SPLITS, LeftOut, class_folders, class_names, in_order, is_image, is_remote, is_table,
     read_classnames, read_table, reason, to_text, visible)
 from .glyphs import SUITE, eval_set
 from .prompts import PAPER_SETS, dataset_prompts, paper_set
 from .scenes import SCENE_SUITE
-from .stream import to_rgb
 from .zeroshot import check_names, suite_set
 
 # %% ../nbs/90_labelled.ipynb #f3430671
@@ -97,7 +96,7 @@ class LabelStream(IterableDataset):
             try:
                 img,label = get()
                 if label is None: raise ValueError("no label")
-                yield name, self.transform(to_rgb(img)), label, None
+                yield name, self.transform(resizable(img)), label, None
             except UserError: raise
             except Exception as e:
                 yield name, None, None, reason(e) if name[1] in reason(
@@ -119,7 +118,7 @@ def strays(
 class LabelledOptions:
     "What is evaluated, on what."
     model:str="pocket"          # a model that ships with the package, a run folder, or with --random-weights a preset
-    data:str="glyphs"           # glyphs, glyphs:NAME, torchvision's CIFAR10, …, a folder of classes, shards, a .csv
+    data:tuple[str, ...]=("glyphs",) # glyphs, glyphs:NAME, CIFAR10, a folder of classes, shards, a table, or several
     tasks:str="zeroshot"        # any of zeroshot, probe, fewshot, retrieval, with commas between them
     train_data:str|None=None    # where a probe learns, like --data; default: the training part, or half of the data
     template:Annotated[tuple[str, ...], tyro.conf.UseAppendAction]=() # with the slot {}; repeatable
@@ -251,6 +250,42 @@ class LabelledShards:
         return hashlib.sha256(repr((stats, self.number)).encode()).hexdigest()
 
 # %% ../nbs/90_labelled.ipynb #c096913c
+def beside_shards(
+    shards:list[str], # local or remote
+    name:str,         # of a file
+)->Path|None:
+    "A file in the first shard's folder or in the one above, as CLIP_benchmark lays them out."
+    if is_remote(shards[0]): return None
+    folder = Path(shards[0]).absolute().parent
+    return next((d/name for d in (folder, folder.parent) if (d/name).is_file()), None)
+
+def read_templates(
+    path:Path, # a template a line, with {c} (or {}) for the class
+)->tuple[str, ...]: # with {}
+    "The prompts that come with shards. Raises UserError for a file that can't be read, or a line without a slot."
+    try: lines = [line.strip() for line in to_text(path.read_bytes()).split("\n")]
+    except OSError as e: raise UserError(f"{path} can't be read: {reason(e)}") from None
+    found = tuple(line.replace("{c}", "{}") for line in lines if line)
+    if bad := next((line for line in found if line.count("{}") != 1), None):
+        raise UserError(f"{path}: {bad!r} has no slot {{c}} for the class, or several")
+    return found
+
+def shard_parts(
+    folder:Path,       # that was given
+    shards:list[str],  # in it, or in folders in it
+)->dict[str, list[str]]: # part -> its shards; all of them as "all" where no folder is a part
+    "Tell train, val and test apart by their folders. Raises UserError for shards that lie beside such folders."
+    found = {}
+    for shard in shards:
+        top = Path(shard).relative_to(folder).parts[0].lower()
+        found.setdefault(SPLITS.get(top), []).append(shard)
+    if len(found) == 1: return dict(all=shards)
+    if None in found:
+        raise UserError(f"{folder} has shards in parts ({', '.join(p for p in found if p)}) and beside them "
+                        f"({found[None][0]}): give one part as --data")
+    if "test" not in found: found["test"] = found.pop("val")
+    return found
+
 def shard_classes(
     pattern:str|list,     # shards
     classnames:Path|None, # names for numbers
@@ -262,10 +297,7 @@ def shard_classes(
         raise UserError(
             f"the first image in {pairs.shards[0]} has no label: neither a .cls beside it nor a "
             f"cls, label, class or class_name in its .json")
-    near = [] if is_remote(pairs.shards[0]) else [d/"classnames.txt"
-                                                  for d in (Path(pairs.shards[0]).parent,
-                                                            Path(pairs.shards[0]).parent.parent)]
-    path = classnames or next((p for p in near if p.is_file()), None)
+    path = classnames or beside_shards(pairs.shards, "classnames.txt")
     if isinstance(first, int):
         if path is None:
             raise UserError(
@@ -282,12 +314,17 @@ def shard_classes(
 def open_shards(
     cfg:LabelledOptions, # with names for the classes, perhaps
     pattern:str|list, # shards
+    folder:Path|None=None, # in which they lie, with a folder a part, perhaps
 )->LabelledData:
     "Shards as data. Raises UserError."
+    parts = shard_parts(folder, pattern) if folder else dict(all=pattern)
     labels,names = shard_classes(pattern, cfg.classnames)
     number = {label:i for i,label in enumerate(labels)}
-    return LabelledData(Path(pattern[0] if isinstance(pattern, list) else pattern.split("::")[0]).stem,
-                        dict(all=partial(LabelledShards, pattern, number)), names, ())
+    path = beside_shards(ShardPairs(pattern, beside=LABELS).shards, "zeroshot_classification_templates.txt")
+    templates = read_templates(path) if path else ()
+    name = folder or Path(pattern[0] if isinstance(pattern, list) else pattern.split("::")[0])
+    return LabelledData(name.stem or str(name), {part:partial(LabelledShards, p, number) for part,p in parts.items()},
+                        names, templates, notes=[f"{len(templates)} templates from {path}"] if path else [])
 
 # %% ../nbs/90_labelled.ipynb #7b659b8a
 FLAG = dict(train=dict(train=True), test=dict(train=False))
@@ -470,7 +507,7 @@ def open_data(
     path = Path(data)
     if path.is_dir():
         tars = shards_below(path)
-        return open_shards(cfg, tars) if tars else open_folder(cfg, path)
+        return open_shards(cfg, tars, path) if tars else open_folder(cfg, path)
     if is_table(path):
         if not path.is_file(): raise UserError(f"no file {data}: check --data")
         return open_table(cfg, path)
@@ -515,7 +552,7 @@ def with_training(
     if other.classnames != data.classnames:
         odd = sorted({str(c) for c in data.classnames} ^ {str(c) for c in other.classnames})
         raise UserError(
-            f"--train-data {cfg.train_data} has other classes than {cfg.data}: "
+            f"--train-data {cfg.train_data} has other classes than {data.name}: "
             f"{', '.join(odd[:3]) or 'another order'}")
     first = next(part for part in ("train", "all", "test") if part in other.parts)
     data.parts = {k:v for k,v in data.parts.items()

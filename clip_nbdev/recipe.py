@@ -38,6 +38,7 @@ class DataOptions:
     workers:int=0                  # image-reading processes for each training process; 0 reads in the process itself
     scenes:float=0.0               # share of images with several glyphs, 0 to 1 (glyphs only)
     variants:int=0                 # half of the scenes bring so many more that differ in a word; 0: none (glyphs only)
+    varied:float=0.0               # share of single glyphs drawn and worded in many ways, 0 to 1 (glyphs only)
     hold_out_val:bool=False        # hold out and evaluate the validation concepts, to choose a design (glyphs only)
     extra_fonts:tuple[str, ...]=() # fonts whose characters are added, colour emoji fonts too (glyphs only)
 
@@ -189,6 +190,7 @@ def check_numbers(cfg:TrainConfig):
     if cfg.batch_size is not None and cfg.batch_size < 2:
         raise UserError("--batch-size 1 has nothing to contrast: give at least 2")
     if not 0 <= cfg.scenes <= 1: raise UserError("--scenes is a share: give a number from 0 to 1")
+    if not 0 <= cfg.varied <= 1: raise UserError("--varied is a share: give a number from 0 to 1")
     if not 0 <= cfg.variants <= 20: raise UserError("--variants must be a number from 0 to 20")
     if not 0 < cfg.crop_scale <= 1: raise UserError("--crop-scale is a share of the area: give a number from 0 to 1")
 
@@ -218,8 +220,8 @@ def check_together(cfg:TrainConfig):
         if cfg.epochs is not None:
             raise UserError("--epochs has no meaning for glyphs, which never end: give --steps or --minutes")
         if cfg.workers: raise UserError("--workers has no meaning for glyphs, which are drawn in the process itself")
-    elif cfg.scenes or cfg.hold_out_val or cfg.extra_fonts:
-        raise UserError("--scenes, --hold-out-val and --extra-fonts belong to --data glyphs")
+    elif cfg.scenes or cfg.varied or cfg.hold_out_val or cfg.extra_fonts:
+        raise UserError("--scenes, --varied, --hold-out-val and --extra-fonts belong to --data glyphs")
     if cfg.preset is not None: preset_name(cfg.preset)
     if cfg.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--precision fp16 needs a GPU: use bf16 or no")

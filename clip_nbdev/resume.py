@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['sync', 'replace_folder', 'checksum', 'checksums', 'CheckpointFolder', 'CheckpointReader', 'Checkpoints', 'Stopped',
-           'launched', 'StopSignals', 'last_record', 'rewind']
+           'launched', 'processes_asked', 'StopSignals', 'last_record', 'rewind']
 
 # %% ../nbs/83_resume.ipynb #271fde12
 import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -18,6 +19,7 @@ import zlib
 from functools import reduce
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -189,6 +191,14 @@ class Stopped(Exception):
 def launched()->bool:
     "Whether a launcher (accelerate, torchrun) is this process's parent."
     return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+
+def processes_asked()->int: # 1 where nobody asked
+    "The --num_processes of the launcher that started this process: on a CPU it may start fewer, and says nothing."
+    if not launched(): return 1
+    try: words = " ".join(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error: return 1
+    found = re.search(r"--num[_-]processes[ =](\d+)", words)
+    return int(found[1]) if found else 1
 
 # %% ../nbs/83_resume.ipynb #0eabcd76
 class StopSignals:

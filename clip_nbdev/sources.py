@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAFE_TORCH', 'CONVERT', 'RELEASES', 'WEIGHT_FILES', 'HUB', 'MERGES_NAME', 'load_pickle', 'kind_of', 'Release',
-           'sha256', 'release_of', 'check_crc', 'load_torchscript', 'oddity', 'read_tensors', 'read_json',
-           'read_folder', 'fetch', 'find_merges']
+           'sha256', 'release_of', 'check_crc', 'load_torchscript', 'oddity', 'tensor_groups', 'read_tensors',
+           'read_json', 'read_folder', 'fetch', 'find_merges']
 
 # %% ../nbs/86_sources.ipynb #56b444f1
 import hashlib
@@ -17,6 +17,7 @@ import re
 import tarfile
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -179,6 +180,16 @@ def oddity(
     if tensor.layout is not torch.strided: return str(tensor.layout)
     return str(tensor.dtype) if tensor.is_complex() else "a tensor without numbers"
 
+def tensor_groups(
+    found,         # what a pickle holds
+    before:str="", # names of the objects around it
+)->Iterator[tuple[str, dict]]: # "model.", name -> tensor
+    "Every object with tensors by name, three levels deep at most."
+    if not isinstance(found, dict) or before.count(".") > 3: return
+    named = {k:v for k,v in found.items() if isinstance(k, str)}
+    if tensors := {k:v for k,v in named.items() if isinstance(v, torch.Tensor)}: yield before, tensors
+    for k,v in named.items(): yield from tensor_groups(v, f"{before}{k}.")
+
 def read_tensors(
     path:Path,                     # safetensors, a pickle of torch.save, or a TorchScript archive
     trust_torchscript:bool=False,  # compile and run an archive that is none of the nine published ones
@@ -195,10 +206,8 @@ def read_tensors(
     if kind == "torchscript" or zipfile.is_zipfile(path): check_crc(path)
     found = load_torchscript(path,
                              trust_torchscript) if kind == "torchscript" else load_pickle(path)
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    tensors = {k:v for k,v in found.items() if isinstance(k, str)
-               and isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
+    groups = dict(tensor_groups(found))
+    tensors = {(path_to if len(groups) > 1 else "")+k:v for path_to,group in groups.items() for k,v in group.items()}
     if not tensors:
         raise UserError(
             f"{path} can be read, and holds no tensors by name: "
@@ -213,7 +222,7 @@ def read_tensors(
 # %% ../nbs/86_sources.ipynb #97692988
 # the first that is there
 WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json",
-                "open_clip_pytorch_model.bin", "pytorch_model.bin")
+                "open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 def read_json(
     path:Path, # of a file
@@ -268,7 +277,8 @@ def fetch(
         best = next((name for name in WEIGHT_FILES if name in names), None)
         if best is None:
             raise UserError(f"the repository {repo} has none of {', '.join(WEIGHT_FILES)}")
-        parts = [name for name in names if name.endswith(".safetensors")
+        ending = ".bin" if ".bin" in best else ".safetensors"
+        parts = [name for name in names if name.endswith(ending)
                  and name not in WEIGHT_FILES] if best.endswith("index.json") else []
         return Path(hub.snapshot_download(repo,
                                           allow_patterns=[best, *parts, "*.json", "merges.txt"]))

@@ -12,36 +12,29 @@ import zlib
 from collections.abc import Iterator
 from itertools import count
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .core import UserError
-from .data import ShardPairs, reason
+from .data import ShardPairs, reason, resizable
 
-# %% ../nbs/82_stream.ipynb #c1093d54
+# %% ../nbs/82_stream.ipynb #d5aa2c4f
 def to_rgb(
     img:Image.Image, # any mode
 )->Image.Image:      # RGB
-    "Any image as RGB. Sixteen bits a pixel are scaled to eight, where Pillow would cut them off to nearly all white."
-    if img.mode.startswith("I"):
-        img = Image.fromarray(
-            (np.asarray(img).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    # the same colours, without Pillow's warning
-    if isinstance(img.info.get("transparency"), bytes): img = img.convert("RGBA")
-    return img.convert("RGB")
+    "Any image as the preprocessing sees it, where nothing is resized."
+    return resizable(img).convert("RGB")
 
-# %% ../nbs/82_stream.ipynb #d5aa2c4f
 def decode(
     open_image,   # function that gives a PIL image
     tally:Tensor, # (3,) used, broken, empty: counts a broken one
     why:list,     # gets the reason of the first broken one
     name:str,     # of the sample
-)->Image.Image|None: # RGB
+)->Image.Image|None: # one that can be resized
     "Open an image; whatever a broken file makes a decoder raise is counted and forgiven."
-    try: return to_rgb(open_image())
+    try: return resizable(open_image())
     except Exception as e:
         tally[1] += 1
         if not why: why.append(f"; the first broken one, {name}: {reason(e)}")

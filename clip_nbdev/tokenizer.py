@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['END', 'SOS', 'EOS', 'WORDS', 'N_OPENAI_MERGES', 'OPENAI_MERGES_SHA256', 'byte_chars', 'clean', 'to_words', 'merge',
-           'base_pieces', 'learn_merges', 'BPE', 'decode_pieces', 'rust_tokenizer', 'BPETokenizer', 'check_ctx_len',
-           'fill_rows', 'read_openai_merges', 'save_tokenizer', 'read_tokenizer']
+           'base_pieces', 'learn_merges', 'BPE', 'decode_pieces', 'rust_tokenizer', 'disputed', 'BPETokenizer',
+           'check_ctx_len', 'fill_rows', 'read_openai_merges', 'save_tokenizer', 'read_tokenizer']
 
 # %% ../nbs/10_tokenizer.ipynb #fc802f64
 import gzip
@@ -171,6 +171,17 @@ def rust_tokenizer(
     rust.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     return rust
 
+# %% ../nbs/10_tokenizer.ipynb #34b785b6
+@lru_cache
+def disputed()->frozenset[str]: # characters
+    "Letters and numbers for one of the two libraries alone. Takes a third of a second, once."
+    assigned = "".join(chr(c) for c in range(0x40000) if not 0xd800 <= c < 0xe000) # the planes that hold text
+    known,found = "".join(regex.findall(r"[\p{L}\p{N}\p{Cn}]", assigned)),set()
+    for kind in (r"\p{L}", r"\p{N}"):
+        rust = pre_tokenizers.Split(Regex(f"{kind}+"), "removed", invert=True).pre_tokenize_str(known)
+        found |= set(regex.findall(kind, known)) ^ set("".join(part for part,_ in rust))
+    return frozenset(found)
+
 # %% ../nbs/10_tokenizer.ipynb #c32114f8
 class BPETokenizer(BPE):
     "CLIP's tokenizer: byte-level BPE, lower-case, [SOS] and [EOS]. Texts to (B, ctx_len) ids."
@@ -216,10 +227,17 @@ class BPETokenizer(BPE):
         truncate:bool=False,     # cut what is too long, keeping [EOS]
     )->Tensor:                   # (B, ctx_len) int64, padded with 0 behind [EOS]
         "Texts to ids. Raises UserError for a text that does not fit, with what would be cut."
+        if isinstance(texts, (bytes, bytearray)) or not hasattr(texts, "__iter__"):
+            raise UserError(f"texts must be a string or a list of strings, not "
+                            f"{type(texts).__name__}: {texts!r:.60}")
         texts = [texts] if isinstance(texts, str) else list(texts)
-        encoded = self.fast.encode_batch([clean(t) for t in texts], add_special_tokens=False)
+        cleaned = [clean(t) for t in texts]
+        encoded = [e.ids for e in self.fast.encode_batch(cleaned, add_special_tokens=False)]
+        for i,text in enumerate(cleaned):
+            if text.isascii() or disputed().isdisjoint(text): continue
+            encoded[i] = self.encode(texts[i])
         ctx_len = check_ctx_len(self.ctx_len if ctx_len is None else ctx_len)
-        return fill_rows(self, texts, [e.ids for e in encoded], ctx_len, truncate)
+        return fill_rows(self, texts, encoded, ctx_len, truncate)
 
 # %% ../nbs/10_tokenizer.ipynb #ae98d5e5
 def check_ctx_len(

@@ -44,12 +44,12 @@ from .glyphs import GlyphPairs, repeated
 from .loss import MAX_SCALE, ClipLoss, SigLipLoss, clip_loss, in_batch_accuracy
 from .memory import SmallAdamW, cached_backward, checkpoint_blocks
 from .recipe import PAPER_BATCH, RUN_FILES, TrainConfig, lr_at, parameter_groups, resolve
-from .resume import Checkpoints, Stopped, StopSignals, last_record, rewind
+from .resume import Checkpoints, Stopped, StopSignals, last_record, processes_asked, rewind
 from .report import FLOOR_HELP, Meter, evaluate, guessing, score, write_report
-from .scenes import ScenePairs
 from .stream import PairStream, TrainStream, one_line
 from .text import lm_loss
 from .tokenizer import BPETokenizer
+from .varied import VariedPairs
 from .zeroshot import evaluate_suite
 
 # %% ../nbs/23_train.ipynb #6d3fdf49
@@ -200,7 +200,8 @@ def glyph_source(
 )->Source:
     "Glyphs drawn on the spot, by each process with a seed of its own."
     splits = ("train",) if cfg.hold_out_val else ("train","val")
-    make = partial(ScenePairs, splits=splits, extra_fonts=cfg.extra_fonts, scenes=cfg.scenes, variants=cfg.variants)
+    make = partial(VariedPairs, splits=splits, extra_fonts=cfg.extra_fonts, scenes=cfg.scenes, variants=cfg.variants,
+                   varied=cfg.varied)
     pairs,speaker = make(img_size, seed=cfg.seed*1000 + rank),make(32, seed=cfg.seed)
     texts = [c for _ in range(20) for c in speaker.batch(500)[1]]
     return Source(iter(lambda: pairs.batch(cfg.batch_size), None), texts, None, pairs)
@@ -420,7 +421,7 @@ def next_batch(
 
 # %% ../nbs/23_train.ipynb #2af069cb
 SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size",
-        "workers", "seed", "scenes", "variants", "hold_out_val", "extra_fonts",
+        "workers", "seed", "scenes", "variants", "varied", "hold_out_val", "extra_fonts",
         "adam_stats", "text_weights", "freeze_bn") # what a resumed run must have as it was
 
 def options(cfg:TrainConfig)->dict: # plain values
@@ -476,6 +477,9 @@ def describe(
              f"{n} process(es) of {cfg.threads} thread(s) on {t.acc.device}",
              f"batch: {cfg.batch_size} pairs a process{parts}, {t.n_global} a step, each contrasted with "
              f"{t.n_global-1} others"]
+    if n < (asked := processes_asked()):
+        lines.append(f"the launcher was asked for {asked} processes and started {n}: without GPUs it starts several by "
+                     f"--multi_gpu --num_processes {asked}, and without --cpu")
     if cfg.preset in RELEASED and t.n_global != PAPER_BATCH:
         lines.append(f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: "
                      f"more processes, or --batch-size with --micro-batch, come nearer to it")

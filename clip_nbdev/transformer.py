@@ -72,7 +72,7 @@ class ResidualAttentionBlock(nn.Module):
         at:Tensor|None=None, # (B,) one position a row, if only that is wanted
     )->Tensor:               # (B, L, D), or (B, D) with `at`
         found = self.attn(self.ln_1(x), self.causal, at)
-        x = found + (x if at is None else x[torch.arange(len(x), device=x.device), at])
+        x = found + (x if at is None else x[torch.arange(x.shape[0], device=x.device), at])
         return x + self.mlp(self.ln_2(x))
 
 # %% ../nbs/11_transformer.ipynb #b494fd73
@@ -125,7 +125,8 @@ def attend_once(
     q = query.unflatten(1, (n_heads, -1))                                  # (B, heads, d)
     q = q * q.shape[-1]**-0.5
     wanted = torch.einsum("bhd,hdc->bhc", q, by_head(k_weight))            # (B, heads, D)
-    scores = wanted @ x.mT + (q*by_head(k_bias)).sum(-1, keepdim=True)     # (B, heads, L)
+    scores = wanted @ x.transpose(1, 2) + (q*by_head(k_bias)).sum(-1,
+                                                                  keepdim=True)     # (B, heads, L)
     if visible is not None: scores = scores.masked_fill(~visible[:,None], -torch.inf)
     found = scores.softmax(-1) @ x                                         # (B, heads, D)
     return torch.einsum("bhc,hdc->bhd", found, by_head(v_weight)).flatten(1) + v_bias

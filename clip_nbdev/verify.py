@@ -127,10 +127,11 @@ def check_pixels(
 )->dict:
     "Preprocessing, pixel by pixel."
     rng,reference = np.random.default_rng(0),reference_transform(img_size)
-    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h,w in SHAPES]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 4), dtype=np.uint8)).convert(mode)
+              for h,w in SHAPES for mode in ("RGB", "RGBA", "L", "LA", "CMYK")]
     gap = max((preprocess(p) - reference(p)).abs().max().item() for p in images)
     return line("preprocessing against torchvision's, largest difference", "below 1e-5",
-                f"{gap:.1e} over {len(SHAPES)} images", gap < 1e-5)
+                f"{gap:.1e} over {len(images)} images", gap < 1e-5)
 
 def check_tokens(
     tokenizer, # of the model

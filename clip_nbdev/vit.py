@@ -47,12 +47,12 @@ class VisionTransformer(nn.Module):
                 f"images of {tuple(images.shape[2:])} pixels, and the tower's positions are for "
                 f"img_size {self.img_size}")
         patches = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches], 1)
+        x = torch.cat([self.class_embedding.expand(images.shape[0], 1, -1), patches], 1)
         return self.ln_pre(x + self.positional_embedding)
 
     def forward(self,
         images:Tensor, # (B, 3, img_size, img_size) normalised, any memory layout
     )->Tensor:         # (B, E)
         "Image embeddings, not of unit length. Raises ValueError for another size."
-        at_class = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        at_class = torch.zeros(images.shape[0], dtype=torch.long, device=images.device)
         return self.ln_post(self.transformer(self.tokens(images), at=at_class)) @ self.proj

@@ -5,7 +5,7 @@
     python tests/execute.py --list                   name the stale ones and do nothing
 
 `nbs/executed.json` holds a hash for each chapter: of its own cells, of all modules of the package that they import, directly
-or not, and of the result files that it reads. Comments, layout and docstrings do not count. Cells flagged slow, gpu, data or
+or not, of the result files that it reads, and of the shipped weights where it uses them. Comments, layout and docstrings do not count. Cells flagged slow, gpu, data or
 `eval: false` are not run, and keep the outputs that they have."""
 import argparse
 import ast
@@ -77,6 +77,7 @@ def fingerprint(path):
     parts = [bare(c) for c in code] + [module(m)[0] for m in below(set().union(*(modules_in(ast.parse(c)) for c in code)))]
     results = [NBS/"results"/f"{r}.json" for r in sorted(set(re.findall(r'load_result\("(\w+)"\)', "\n".join(code))))]
     parts += [p.read_text() for p in results if p.exists()]
+    if re.search(r"\b(pocket|shipped)\b", "\n".join(code)): parts += [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(REPO.glob("clip_nbdev/weights/*/*"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

