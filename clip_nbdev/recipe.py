@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RESNET', 'VIT', 'PAPER_LR', 'PAPER_BATCH', 'RECIPES', 'SMALL', 'RUN_FILES', 'DataOptions', 'RecipeOptions',
            'TrainConfig', 'parameter_groups', 'lr_at', 'bf16_is_faster', 'pick_precision', 'n_cores', 'preset_of',
-           'check_numbers', 'check_model', 'check_together', 'check_folder', 'check_parts', 'check', 'resolve']
+           'alike', 'recipe_for', 'check_numbers', 'check_model', 'check_together', 'check_folder', 'check_parts',
+           'check', 'resolve']
 
 # %% ../nbs/20_recipe.ipynb #b212b591
 import json
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .clip import PRESETS, RENAMED, preset_name
+from .clip import PRESETS, RENAMED, CLIPConfig, preset_name
 from .core import UserError
 
 # %% ../nbs/20_recipe.ipynb #3672bf05
@@ -47,7 +48,10 @@ class DataOptions:
 class RecipeOptions(DataOptions):
     "What is trained, by which loss, how long and in which steps."
     preset:str|None=None       # model configuration; default that of --init, else small for glyphs, photos otherwise
-    init:Path|None=None        # run folder whose weights and vocabulary to begin with
+    init:str|None=None         # a model to begin with: a run, pocket, a file, hf-hub:owner/name; a name with --weights
+    weights:str|None=None      # of --init's name: a file, a folder, hf-hub:owner/name, or openai to download them
+    quick_gelu:bool|None=None  # the activation of --init, where neither a name nor a configuration tells it
+    trust_torchscript:bool=False # run a TorchScript archive that OpenAI did not publish, for --init
     img_size:int|None=None     # side of the images in pixels; default the preset's; resizes --init's positions
     text_tower:Literal["transformer", "bow"]="transformer" # the causal transformer, or a bag of words (no order)
     minutes:float|None=None    # so long, set-up and evaluation aside; give one of minutes, steps, epochs; default 9.5
@@ -159,15 +163,32 @@ def n_cores()->int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def preset_of(
-    init:Path|None, # run folder, or nothing
-)->str|None:        # None where it says nothing of it
-    "The preset that a run was trained with. Raises UserError where there is no run."
-    if init is None: return None
-    try: about = json.loads((init/"config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"--init {init} is no run folder: its config.json can't be read ({e})") from None
-    name = about.get("train", {}).get("preset") if isinstance(about, dict) else None
+    init:str|Path|None, # a run, or anything else
+)->str|None:            # None where nothing is said of it
+    "The preset that a run was trained with."
+    try: about = json.loads((Path(init)/"config.json").read_text(encoding="utf-8")) if init else {}
+    except (OSError, ValueError): return None
+    train = about.get("train") if isinstance(about, dict) else None
+    name = train.get("preset") if isinstance(train, dict) else None
     return RENAMED.get(name, name if name in PRESETS else None)
+
+def alike(a:CLIPConfig, b:CLIPConfig)->bool:
+    "Whether two models have the same towers, for whatever images and vocabulary."
+    return all(getattr(a, k) == getattr(b, k) for k in ("vision_layers", "vision_width", "patch_size", "text_width",
+                                                        "text_layers"))
+
+def recipe_for(
+    config:CLIPConfig,   # of a model to begin with
+    asked:str|None=None, # a preset's name
+    init:str="",         # for the message
+)->str:                  # a preset
+    "Whose recipe a model takes: its own preset's, else its family's. Raises UserError where another was asked for."
+    if asked:
+        if not alike(config, PRESETS[preset_name(asked)]):
+            raise UserError(f"--init {init} is no {asked}: leave --preset out")
+        return preset_name(asked)
+    family = "ViT-B/32" if config.patch_size else "RN50"
+    return next((name for name,c in PRESETS.items() if alike(config, c)), family)
 
 RUN_FILES = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json",
              "config.json", "metrics.jsonl", "report.md", "figures", "checkpoints", "logs",
@@ -202,7 +223,9 @@ def check_model(cfg:TrainConfig):
         raise UserError("--lm-weight and --micro-batch can't be used together: give one")
     if cfg.freeze_bn and not cfg.init:
         raise UserError("--freeze-bn needs --init: a new model has no statistics worth keeping")
-    if cfg.init and cfg.merges: raise UserError("--merges has no meaning with --init, whose vocabulary is kept")
+    if cfg.weights and not cfg.init: raise UserError("--weights needs --init: the name of their model")
+    if cfg.init and cfg.merges and preset_of(cfg.init):
+        raise UserError("--merges has no meaning with the run of --init, whose vocabulary is kept")
     if not cfg.gather_with_grad and cfg.loss == "siglip":
         raise UserError("--no-gather-with-grad belongs to --loss clip: SigLIP's texts go round a ring")
     if cfg.text_weights == "bfloat16" and cfg.precision != "bf16":
@@ -244,7 +267,7 @@ def check_folder(cfg:TrainConfig):
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK):
         raise UserError(f"--out {out} can't be made or written to: choose another --out")
-    if cfg.init and cfg.init.resolve() == out.resolve():
+    if cfg.init and Path(cfg.init).resolve() == out.resolve():
         raise UserError("--init and --out name the same folder: choose another --out")
 
 def check_parts(cfg:TrainConfig):

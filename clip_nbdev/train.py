@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FULL', 'GONE', 'embed', 'add_gradients', 'descend', 'Source', 'Trainer', 'run_steps', 'share_done', 'train',
-           'glyph_source', 'file_source', 'make_source', 'build_tokenizer', 'check_start', 'build_model',
+           'glyph_source', 'file_source', 'make_source', 'build_tokenizer', 'from_init', 'check_start', 'build_model',
            'build_optimizer', 'build_loss', 'build_parts', 'check_tracker', 'make_accelerator', 'splittable', 'prepare',
            'whole_model', 'share_buffers', 'agree', 'check_finite', 'next_batch', 'options', 'fingerprint',
            'save_state', 'load_state', 'describe', 'evaluate_on_the_way', 'warn_at_the_floor', 'save_and_stop',
@@ -20,7 +20,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,8 @@ from .data import image_transform, normalize, open_pairs, reason
 from .glyphs import GlyphPairs, repeated
 from .loss import MAX_SCALE, ClipLoss, SigLipLoss, clip_loss, in_batch_accuracy
 from .memory import SmallAdamW, cached_backward, checkpoint_blocks
-from .recipe import PAPER_BATCH, RUN_FILES, TrainConfig, lr_at, parameter_groups, resolve
+from .recipe import PAPER_BATCH, RUN_FILES, TrainConfig, check, lr_at, parameter_groups, preset_of
+from .recipe import recipe_for, resolve
 from .resume import Checkpoints, Stopped, StopSignals, last_record, processes_asked, rewind
 from .report import FLOOR_HELP, Meter, evaluate, guessing, score, write_report
 from .stream import PairStream, TrainStream, one_line
@@ -112,6 +113,7 @@ class Trainer:
         tokenizer:BPETokenizer|None=None, # its vocabulary
         source:Source|None=None,          # and where batches come from
     ):
+        if cfg.init: cfg,model,tokenizer = from_init(cfg)
         self.cfg = cfg = resolve(cfg)
         self.acc,self.signals = make_accelerator(cfg),None
         rank,world = self.acc.process_index,self.acc.num_processes
@@ -248,19 +250,31 @@ def build_tokenizer(
     if cfg.merges: return BPETokenizer.from_openai(cfg.merges, config.ctx_len)
     return BPETokenizer.train(texts, config.vocab_size, config.ctx_len)
 
+def from_init(
+    cfg:TrainConfig, # options, with --init
+)->tuple[TrainConfig, CLIP, BPETokenizer]: # the options with a preset, whose recipe is taken
+    "Open the model to begin with, whatever `load` takes. Raises UserError."
+    check(cfg)
+    if cfg.init in PRESETS and not cfg.weights and not Path(cfg.init).exists():
+        raise UserError(f"--init {cfg.init} is a name without weights: give them by --weights FILE "
+                        f"(openai downloads the released ones)")
+    try: model,_,tokenizer = load(cfg.init, cfg.weights, cfg.quick_gelu, cfg.merges,
+                                  trust_torchscript=cfg.trust_torchscript)
+    except UserError as e: raise UserError(f"--init: {e}") from None
+    preset = cfg.preset or preset_of(cfg.init)
+    return replace(cfg, preset=recipe_for(model.config, preset, cfg.init)), model, tokenizer
+
 def check_start(
     cfg:TrainConfig, # options
     model:CLIP,      # the one to train
     given:bool,      # whether it was handed in or is that of --init
 ):
     "Raise UserError where a model does not suit the options."
-    c,preset = model.config,PRESETS[cfg.preset]
+    c = model.config
     if (c.logit_bias is not None) != (cfg.loss == "siglip"):
         raise UserError(f"--loss {cfg.loss} does not suit a model that was trained with the other one")
     if given and c.text_tower != cfg.text_tower:
         raise UserError(f"the model has a text tower of kind {c.text_tower}: give --text-tower {c.text_tower}")
-    if cfg.init and (c.vision_layers, c.patch_size) != (preset.vision_layers, preset.patch_size):
-        raise UserError(f"--init {cfg.init} is no {cfg.preset}: leave --preset out")
     if cfg.freeze_bn and c.patch_size:
         raise UserError("--freeze-bn has nothing to freeze: a vision transformer has no BatchNorm")
 
@@ -315,7 +329,6 @@ def build_parts(
     if cfg.eval_data:
         next(iter(PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col, cfg.image_key, cfg.caption_key,
                                         cfg.classnames), image_transform(32))))
-    if cfg.init: model,_,tokenizer = load(cfg.init)
     img_size = cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size
     source = source or make_source(cfg, img_size, rank, world)
     tokenizer = tokenizer or build_tokenizer(cfg, source.texts)

@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clip_nbdev import load
 from clip_nbdev import report as report_module
 from clip_nbdev import train as train_module
-from clip_nbdev.clip import create_model
+from clip_nbdev.clip import create_model, to_released
 from clip_nbdev.core import UserError
+from clip_nbdev.export import export_hf
 from clip_nbdev.glyphs import GlyphPairs
 from clip_nbdev.resume import Stopped
 from clip_nbdev.train import TrainConfig, build_model, train
@@ -241,6 +242,27 @@ def test_second_run_at_a_higher_resolution(tmp_path, small_suite, capsys):
     assert weights(tmp_path/"first") != weights(tmp_path/"second")
 
 
+@pytest.mark.parametrize("layout", ["open_clip", "transformers", "file", "shipped"])
+def test_init_takes_what_load_takes(tmp_path, small_suite, layout):
+    "The start's weights, vocabulary and activation; the run is one of ours, which open_clip opens and --resume knows."
+    train(tiny(tmp_path/"first", preset="tiny-vit", steps=2))
+    model, _, tokenizer = load(tmp_path/"first")
+    told = dict(init=str(tmp_path/"start"))
+    if layout == "transformers": export_hf(tmp_path/"first", tmp_path/"start")
+    elif layout == "open_clip":
+        (tmp_path/"start").mkdir()
+        for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json"): (tmp_path/"start"/name).write_bytes((tmp_path/"first"/name).read_bytes())
+    elif layout == "file":
+        torch.save(dict(epoch=1, state_dict={f"module.{k}": v for k, v in to_released(model.state_dict()).items()}), tmp_path/"epoch_1.pt")
+        told = dict(init="tiny-vit", weights=str(tmp_path/"epoch_1.pt"), merges=str(tmp_path/"first"))
+    else: told, (model, _, tokenizer) = dict(init="pocket"), load("pocket")
+    train(tiny(tmp_path/"second", preset=None, **told, lr=1e-9, warmup=0, steps=1))
+    after, _, kept = load(tmp_path/"second")
+    assert (after.config, kept.merges) == (model.config, tokenizer.merges)
+    torch.testing.assert_close(after.text.state_dict(), model.text.state_dict(), rtol=0, atol=1e-6)
+    open_clip.create_model_and_transforms(f"local-dir:{tmp_path/'second'}")
+
+
 def test_resume_never_removes_a_finished_model(tmp_path, small_suite):
     train(tiny(tmp_path/"run", checkpoint_every=0))
     (tmp_path/"run"/"metrics.jsonl").unlink()
@@ -342,7 +364,7 @@ class NoisePairs(GlyphPairs):
     (["--text-weights", "bfloat16", "--precision", "no"], "--text-weights bfloat16 needs --precision bf16"),
     (["--lm-weight", "0.1", "--micro-batch", "2"], "can't be used together"),
     (["--freeze-bn"], "--freeze-bn needs --init"),
-    (["--init", "nowhere"], "no run folder"),
+    (["--init", "nowhere"], "no model in nowhere"), (["--init", "ViT-B/32"], "is a name without weights"), (["--weights", "x.pt"], "--weights needs --init"),
     (["--init", "old"], "was not written by a run"),
     (["--tracker", "nonsense", "--steps", "1"], "--tracker nonsense"),
     (["--data", "table.csv", "--caption-col", "text", "--batch-size", "4"], "fewer than one batch"),
