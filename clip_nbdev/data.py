@@ -116,7 +116,7 @@ def one_image(
             given.ndim == 2 or given.ndim == 3
                 and given.shape[2] in (3, 4)) and given.size: given = Image.fromarray(given)
         if isinstance(given, Image.Image): return resizable(given)
-    except (OSError, ValueError) as e:
+    except Exception as e: # a damaged file, or one too large: what Pillow raises can't be foreseen
         which = given if isinstance(given, (str, Path)) else "this image"
         raise UserError(f"{which} can't be used: {reason(e)}") from None
     shape,dtype = getattr(given, "shape", None),str(getattr(given, "dtype", "")).removeprefix("torch.")

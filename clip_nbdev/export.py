@@ -112,6 +112,7 @@ def compared(
     (found,) = session.run(None, {session.get_inputs()[0].name:given.numpy()})
     with torch.no_grad(): return (torch.from_numpy(found) - tower(given)).abs().max().item()
 
+# %% ../nbs/89_export.ipynb #fcd66337
 def export_onnx(
     run_or_name:str|Path, # whatever `load` takes
     folder:str|Path,      # made where it is missing; files of an earlier export are replaced
@@ -154,6 +155,9 @@ def main():
     except (UserError, OSError) as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by hand: nothing was written", file=sys.stderr)
+        sys.exit(130)
     for name,gap in (gaps or {}).items():
         print(f"{name}: " + ("not compared, as onnxruntime is not installed" if gap is None else
                              f"differs from PyTorch by at most {gap:.0e}"))
