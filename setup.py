@@ -25,7 +25,8 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     package_data={cfg["lib_name"]: ["weights/*", "weights/*/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"towers": cfg["towers_requirements"].split(),
+                    "dev": f"{cfg['dev_requirements']} {cfg['towers_requirements']}".split()},
     entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]}, # links names to their pages and sources
     zip_safe=False,
 )

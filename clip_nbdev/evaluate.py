@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TASKS', 'SHOTS', 'OUT_FILES', 'SCORES', 'MEAN_METRIC', 'EvalConfig', 'is_glyphs', 'sets_of', 'check_options',
            'Features', 'read_part', 'to_embeddings', 'kept_features', 'Parts', 'mean_top1_top5', 'score', 'chance',
-           'row', 'ways', 'check_labels', 'zero_shot', 'usable_shots', 'probes', 'Some', 'open_captions',
-           'drawn_scenes', 'retrieval', 'class_table', 'plot_classes', 'plot_few_shot', 'plot_sets', 'names_of',
-           'some_images', 'draw', 'as_text', 'write_results', 'open_model', 'texts_of', 'new_model', 'tasks_for',
-           'evaluate_set', 'means', 'run_tasks', 'resolved', 'distinct', 'evaluate', 'main']
+           'row', 'ways', 'check_labels', 'zero_shot', 'usable_shots', 'watched_sets', 'watch', 'probes', 'Some',
+           'open_captions', 'drawn_scenes', 'retrieval', 'class_table', 'plot_classes', 'plot_few_shot', 'plot_sets',
+           'names_of', 'some_images', 'draw', 'as_text', 'write_results', 'open_model', 'texts_of', 'new_model',
+           'tasks_for', 'evaluate_set', 'means', 'run_tasks', 'resolved', 'distinct', 'evaluate', 'main']
 
 # %% ../nbs/91_evaluate.ipynb #4831d025
 import hashlib
@@ -152,7 +152,8 @@ def read_part(
     limit:int|None=None,  # so many images at most
 )->Features:
     "Every image once through the image tower, a batch in memory. Raises UserError where none can be read."
-    stream = LabelStream(part, image_transform(model.config.img_size, normalized=False), limit)
+    c = model.config
+    stream = LabelStream(part, image_transform(c.img_size, normalized=False, resize=c.resize), limit)
     loader = DataLoader(stream, batch_size, num_workers=n_workers, collate_fn=list,
                         pin_memory=False)
     total = None if not hasattr(part, "__len__") else min(len(part), limit or len(part))
@@ -182,6 +183,8 @@ def to_embeddings(
     x:Tensor,   # (N, D) features
 )->Tensor:      # (N, E) length 1
     "The last step of the image tower: a ViT's projection; a ResNet has none behind its attention pool."
+    if hasattr(model.visual, "project"):
+        with evaluating(model): return F.normalize(model.visual.project(x.to(model.logit_scale.device)), dim=-1).cpu()
     proj = getattr(model.visual, "proj", None)
     return F.normalize(x if proj is None else x @ proj.detach().float().cpu(), dim=-1)
 
@@ -372,6 +375,34 @@ def usable_shots(
         data.notes.append(f"few-shot ends at {fit[-1]} of each class: {about}")
     return fit
 
+# %% ../nbs/91_evaluate.ipynb #df8d1d9e
+def watched_sets(
+    names:tuple[str, ...], # as --data has them
+    img_size:int,          # side of the images that the model takes
+)->list[LabelledData]:     # prepared
+    "Labelled data that a training watches. Raises UserError."
+    found = []
+    for name in sets_of(names):
+        some = open_glyphs(name, img_size) if is_glyphs(name) else [open_data(LabelledOptions(), name)]
+        found += [prepared(data, LabelledOptions()) for data in some]
+    return found
+
+def watch(
+    model:CLIP,              # any mode
+    tokenizer:BPETokenizer,  # of the model
+    sets:list[LabelledData], # prepared
+)->dict[str, float]:         # name -> accuracy, or the set's own metric, 0 to 1
+    "Zero-shot accuracy of the model as it stands, with nothing kept on disk."
+    out = {}
+    for data in sets:
+        part = next((p for p in ("test", "all") if p in data.parts), next(iter(data.parts)))
+        source = data.parts[part]()
+        weights = zeroshot_classifier(model, tokenizer, data.classnames, data.templates)
+        found = Features(image_features(model, source.images), source.labels) if isinstance(source, Drawn) else \
+            read_part(model, source)
+        out[data.name] = score(data, found.labels, zeroshot_logits(to_embeddings(model, found.x), weights.cpu()))
+    return out
+
 # %% ../nbs/91_evaluate.ipynb #f78c56e5
 def probes(
     parts:Parts,       # of the data
@@ -436,7 +467,7 @@ def retrieval(
     stream = None
     if pairs is None: loader = drawn_scenes(model.config.img_size, cfg.limit or 1000)
     else:
-        stream = PairStream(pairs, image_transform(model.config.img_size, normalized=False))
+        stream = PairStream(pairs, image_transform(model.config.img_size, normalized=False, resize=model.config.resize))
         loader = said_once(pair_loader(stream, cfg.batch_size, cfg.workers))
     img_emb,txt_emb,owner = embed_pairs(model, tokenizer, loader, cfg.prefix)
     found,n = recall_at(img_emb, txt_emb, owner),len(img_emb)
@@ -549,7 +580,8 @@ def some_images(
         choices = None if data.choices is None else data.choices[rows]
         return EvalSet(source.images[rows], source.labels[rows], names_of(data), data.templates,
                        choices)
-    stream = LabelStream(source, image_transform(parts.model.config.img_size, normalized=False), n)
+    c = parts.model.config
+    stream = LabelStream(source, image_transform(c.img_size, normalized=False, resize=c.resize), n)
     found = [(image, label) for _,image,label,_ in stream if image is not None]
     if not found: return None
     return EvalSet(torch.stack([image for image,_ in found])/255,

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['HF_STARTS', 'HF_PARTS', 'TURNED', 'PLACE', 'TOWERS', 'ADAPTERS', 'NOT_WEIGHTS', 'STRANGERS', 'HEAD_WIDTHS',
-           'SMALLEST', 'SHAPED', 'HARMLESS', 'USUAL', 'respell', 'to_hf', 'from_hf', 'find_clip', 'released_names',
-           'count', 'vision_sizes', 'size_of', 'sizes_of', 'config_of', 'check_switches', 'objects', 'numbers',
-           'facts_of_open_clip', 'facts_of_hf', 'hf_config', 'check_pixels', 'with_clip_pixels']
+           'SMALLEST', 'SHAPED', 'HARMLESS', 'USUAL', 'SIGLIP', 'SIGLIPS', 'respell', 'to_hf', 'from_hf', 'find_clip',
+           'released_names', 'count', 'vision_sizes', 'size_of', 'sizes_of', 'config_of', 'check_switches', 'objects',
+           'numbers', 'other_image', 'other_text', 'facts_of_open_clip', 'facts_of_hf', 'hf_config', 'check_pixels',
+           'with_clip_pixels']
 
 # %% ../nbs/85_formats.ipynb #d4f11119
 import math
 import re
 import warnings
+from importlib import import_module
 
 import torch
 
@@ -129,15 +131,19 @@ def find_clip(
 
 def released_names(
     state:dict, # weights in any of the layouts
+    known:dict|None=None, # fields of CLIPConfig that are known: they tell of other towers
 )->dict:        # released names, weights alone
     """One spelling for all; a warning names what is left out.
-    Raises UserError for what is no CLIP of the paper."""
-    n,state = len(state),find_clip(state)
+    Raises UserError for what is no CLIP, and for other towers that nobody told of."""
+    n,state,known = len(state),find_clip(state),known or {}
+    kept = known.get("text_tower", "transformer") not in ("transformer", "bow")
+    told = [*["visual."]*bool(known.get("vision_cfg")), *["text."]*kept]
     for start,what in STRANGERS.items():
+        if start.startswith(tuple(told)): continue
         if name := next((k for k in state if k.startswith(start)), None):
             raise UserError(
-                f"{name!r} belongs to another kind of model ({what}): clip_nbdev has the paper's "
-                f"towers alone")
+                f"{name!r} belongs to another kind of model ({what}): give the folder with its "
+                f"open_clip_config.json, or its name in open_clip")
     beside = [k for k in state if not k.startswith(TOWERS + NOT_WEIGHTS)]
     if left := n - len(state) + len(beside):
         said = f" ({', '.join(beside[:3])}{', …' if len(beside) > 3 else ''})" if beside else ""
@@ -147,7 +153,7 @@ def released_names(
     state = {k:v for k,v in state.items() if k not in set(beside)}
     if any(k.startswith("text_model.") for k in state):
         state = from_hf({k:v for k,v in state.items() if not k.endswith(".position_ids")})
-    state = {k.removeprefix("text."):v for k,v in state.items()}
+    if not kept: state = {k.removeprefix("text."):v for k,v in state.items()}
     return {k:v.reshape(()) if k in ("logit_scale", "logit_bias") and v.numel() == 1 else v
             for k,v in state.items() if k not in NOT_WEIGHTS}
 
@@ -291,6 +297,38 @@ def numbers(
             raise UserError(f"{k} must be a number above 0, not {found!r}")
     return [part.get(k, v) for k,v in usual.items()]
 
+# %% ../nbs/85_formats.ipynb #59f9121e
+# the switches of SigLIP's text tower, and of its second version
+SIGLIP = dict(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs=dict(eps=1e-6))
+SIGLIPS = dict(siglip=SIGLIP, siglip2=SIGLIP | dict(act_kwargs=dict(approximate="tanh")))
+
+def other_image(
+    vision:dict,    # open_clip's vision_cfg
+    model_cfg:dict, # all of its configuration
+)->dict:            # fields of CLIPConfig; none where the tower is the paper's
+    "An image tower of timm's. Raises UserError where dropout is to be random in an evaluation."
+    if not vision.get("timm_model_name"): return {}
+    words = {k:vision[k] for k in ("timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop")
+             if vision.get(k)}
+    if "timm_proj" in vision and not vision["timm_proj"]: words["timm_proj"] = ""
+    if "siglip" in words["timm_model_name"]: words |= dict(mean=[0.5]*3, std=[0.5]*3) # as all of them were trained
+    return dict(vision_cfg=words, vision_layers=0, vision_width=0, patch_size=None, vision_mlp_width=None)
+
+def other_text(
+    text:dict, # open_clip's text_cfg
+)->dict:       # fields of CLIPConfig, and what was read; none where the tower is the paper's
+    "A text tower of transformers', or SigLIP's."
+    if text.get("hf_model_name"):
+        words = {k:text[k] for k in ("hf_model_name", "hf_pooler_type", "hf_proj_type") if text.get(k)}
+        words |= dict(hf_proj_type=text.get("hf_proj_type"))
+        return import_module("clip_nbdev.towers").text_fields(words) | dict(
+            ctx_len=text.get("context_length", 77),
+            said=[k for k in text if k.startswith("hf_") or k == "tokenizer_kwargs"])
+    for kind,switches in reversed(SIGLIPS.items()):
+        if all(text.get(k) == v for k,v in switches.items()):
+            return dict(text_tower=kind, said=[*switches, "tokenizer_kwargs", "hf_tokenizer_name"])
+    return {}
+
 # %% ../nbs/85_formats.ipynb #d4f66102
 def facts_of_open_clip(
     model_cfg:dict, # of an open_clip_config.json, or a file of open_clip's model_configs
@@ -300,9 +338,13 @@ def facts_of_open_clip(
     if not {"vision_cfg", "text_cfg", "embed_dim"} <= model_cfg.keys():
         raise UserError("open_clip's configuration needs embed_dim, vision_cfg and text_cfg")
     check_switches(model_cfg, ("vision_cfg", "text_cfg", "embed_dim", "quick_gelu"))
-    check_switches(vision,
+    others = other_image(vision, model_cfg) | other_text(text)
+    of_timm = "timm_" if others.get("vision_cfg") else "no such word"
+    check_switches({k:v for k,v in vision.items() if not k.startswith(of_timm)},
                    ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"))
-    check_switches(text, ("context_length", "vocab_size", "width", "heads", "layers"))
+    check_switches({k:v for k,v in text.items() if k not in others.get("said", ())},
+                   ("context_length", "vocab_size", "width", "heads", "layers"))
+    others.pop("said", None)
     width,ratio,img_size = numbers(vision, width=768, mlp_ratio=4, image_size=224)
     layers,hidden = vision.get("layers", 12),int(width*ratio)
     is_vit = not isinstance(layers, list)
@@ -314,7 +356,7 @@ def facts_of_open_clip(
                 vision_mlp_width=hidden if is_vit and hidden != 4*width else None,
                 text_width=text.get("width", 512), text_heads=text.get("heads", 8),
                 text_layers=text.get("layers", 12), ctx_len=text.get("context_length", 77),
-                vocab_size=text.get("vocab_size", 49408))
+                vocab_size=text.get("vocab_size", 49408)) | others
 
 # %% ../nbs/85_formats.ipynb #48edf6d8
 def facts_of_hf(

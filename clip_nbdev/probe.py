@@ -35,6 +35,8 @@ def tower_features(
     images:Tensor,   # (B, 3, H, W) normalised
 )->Tensor:           # (B, D)
     "Features before the projection: a ViT's class token, a ResNet's pool (A.3). Raises UserError."
+    # a trunk of timm's, before its projection
+    if hasattr(tower, "features"): return tower.features(images)
     if not isinstance(tower, VisionTransformer):
         if getattr(tower, "proj", None) is not None:
             raise UserError(

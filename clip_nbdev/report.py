@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOOR_HELP', 'share_of_images', 'join_shares', 'evaluate', 'score', 'guessing', 'Meter', 'result_tables',
-           'draw_figures', 'write_report']
+           'draw_watched', 'draw_figures', 'write_report']
 
 # %% ../nbs/84_report.ipynb #01b63d5d
 import json
@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from .clip import CLIP
 from .core import hardware, progress, set_style
 from .data import image_transform, open_pairs
+from .evaluate import watch, watched_sets
 from .glyphs import SUITE, eval_set
 from .recipe import TrainConfig
 from .retrieval import embed_pairs, recall_at
@@ -36,7 +37,7 @@ def share_of_images(
     world:int=1,             # number of processes
 )->tuple:                    # (images (N, E), texts (M, E), the image of each text (M,)), counts (3,)
     "Embed this process's share of --eval-data."
-    transform = image_transform(model.config.img_size, normalized=False)
+    transform = image_transform(model.config.img_size, normalized=False, resize=model.config.resize)
     pairs = open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col, cfg.image_key, cfg.caption_key, cfg.classnames)
     stream = PairStream(pairs, transform, rank, world)
     return embed_pairs(model, tokenizer, pair_loader(stream, 256)), stream.counts
@@ -74,13 +75,19 @@ def evaluate(
     if cfg.eval_data:
         mine = share_of_images(cfg, model, tokenizer, rank, world)
         out["retrieval"] = join_shares(gather_object([mine]) if world > 1 else [mine])
+    if cfg.eval_classes:
+        sets = watched_sets(cfg.eval_classes, model.config.img_size)
+        mine = watch(model, tokenizer, sets[rank::world])
+        found = {k:v for part in (gather_object([mine]) if world > 1 else [mine])
+                 for k,v in part.items()}
+        out["classes"] = {data.name:found[data.name] for data in sets}
     return out
 
 def score(
     found:dict, # what `evaluate` gives
 )->float|None:  # 0 to 1; None where nothing was measured
     "One number to tell the best checkpoint by: the mean of all accuracies and recalls."
-    values = [*found.get("suite", {}).values(),
+    values = [*found.get("suite", {}).values(), *found.get("classes", {}).values(),
               *(v for k,v in found.get("retrieval", {}).items() if "@" in k)]
     return sum(values)/len(values) if values else None
 
@@ -154,7 +161,28 @@ def result_tables(
         rows = {k:(100*v, 100*int(k.split("@")[1])/n) for k,v in last["retrieval"].items()
                 if "@" in k}
         tables.append(pd.DataFrame(rows, index=["recall %", "chance %"]).T.round(1))
+    if "classes" in last:
+        tables.append(pd.DataFrame({"zero-shot %":last["classes"]}).mul(100).round(1))
     return tables
+
+def draw_watched(
+    cfg:TrainConfig, # names the run folder
+    last:dict,       # last record of metrics.jsonl, not written yet
+)->list[str]:        # lines for the report
+    "Zero-shot accuracy on labelled data over the steps, beside the loss: what is learned, and what is forgotten."
+    records = [json.loads(line) for line in (cfg.out/"metrics.jsonl").open(encoding="utf-8")]
+    losses = {r["step"]:r["loss"] for r in records if "loss" in r}
+    seen = {r["step"]:r["classes"] for r in records if "classes" in r} | {last["steps"]:last["classes"]}
+    fig,axes = plt.subplots(1, 2, figsize=(9, 3))
+    axes[0].plot(list(losses), list(losses.values()))
+    axes[0].set(xlabel="step", ylabel="loss (nats)")
+    for name in last["classes"]:
+        axes[1].plot(list(seen), [100*v[name] for v in seen.values()], "o-", label=name)
+    axes[1].set(xlabel="step", ylabel="zero-shot accuracy %", ylim=(0, 100))
+    axes[1].legend()
+    fig.savefig(cfg.out/"figures"/"classes.png")
+    plt.close(fig)
+    return ["![zero-shot accuracy over the steps](figures/classes.png)", ""]
 
 def draw_figures(
     cfg:TrainConfig,         # names the run folder
@@ -206,6 +234,7 @@ def write_report(
     tables = [t.to_string() for t in result_tables(last)]
     for table in tables: lines += ["```", table, "```", ""]
     lines += draw_figures(cfg, model, tokenizer, last["batch"], losses)
+    if "classes" in last: lines += draw_watched(cfg, last)
     (cfg.out/"report.md").write_text("\n".join(lines), encoding="utf-8")
     skipped = ""
     if "used" in last:

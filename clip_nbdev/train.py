@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FULL', 'GONE', 'embed', 'add_gradients', 'descend', 'Source', 'Trainer', 'run_steps', 'share_done', 'train',
-           'glyph_source', 'file_source', 'make_source', 'build_tokenizer', 'from_init', 'check_start', 'build_model',
-           'build_optimizer', 'build_loss', 'build_parts', 'check_tracker', 'make_accelerator', 'splittable', 'prepare',
-           'whole_model', 'share_buffers', 'agree', 'check_finite', 'next_batch', 'options', 'fingerprint',
-           'save_state', 'load_state', 'describe', 'evaluate_on_the_way', 'warn_at_the_floor', 'save_and_stop',
-           'make_folder', 'clear_leftovers', 'begin', 'finish', 'finished', 'way_on', 'trial_scores', 'short_run',
-           'trial', 'main']
+           'glyph_source', 'file_source', 'make_source', 'build_tokenizer', 'hf_folder', 'tower_fields', 'open_start',
+           'from_init', 'check_start', 'build_model', 'start_training', 'new_model', 'build_optimizer', 'build_loss',
+           'build_parts', 'use_kept', 'check_tracker', 'make_accelerator', 'splittable', 'prepare', 'build_ema',
+           'judged', 'final_model', 'whole_model', 'share_buffers', 'agree', 'check_finite', 'next_batch', 'options',
+           'fingerprint', 'save_state', 'load_state', 'describe', 'evaluate_on_the_way', 'look_first',
+           'warn_at_the_floor', 'save_and_stop', 'make_folder', 'clear_leftovers', 'begin', 'finish', 'finished',
+           'way_on', 'trial_scores', 'short_run', 'trial', 'main']
 
 # %% ../nbs/23_train.ipynb #b7172caa
 import errno
@@ -35,12 +36,16 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list, 
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .checkpoint import load, save_model, with_img_size
+from .checkpoint import load, save_model, with_ctx_len, with_img_size, with_length
 from .clip import PRESETS, RELEASED, RENAMED, CLIP, create_model
 from .core import UserError, evaluating, hardware, progress, seed_all
 from .data import image_transform, normalize, open_pairs, reason
+from .evaluate import watched_sets
+from .finetune import average, keep_still, lock, rates, with_lora, without_lora
 from .glyphs import GlyphPairs, repeated
+from .kept import KeptImages, KeptTexts, embed_images, embed_texts, keep
 from .loss import MAX_SCALE, ClipLoss, SigLipLoss, clip_loss, in_batch_accuracy
 from .memory import SmallAdamW, cached_backward, checkpoint_blocks
 from .recipe import PAPER_BATCH, RUN_FILES, TrainConfig, check, lr_at, parameter_groups, preset_of
@@ -50,6 +55,7 @@ from .report import FLOOR_HELP, Meter, evaluate, guessing, score, write_report
 from .stream import PairStream, TrainStream, one_line
 from .text import lm_loss
 from .tokenizer import BPETokenizer
+from .towers import HFTokenizer, default_pixels, load_text, load_trunk, padded_with_eos, text_folder
 from .varied import VariedPairs
 from .zeroshot import evaluate_suite
 
@@ -60,7 +66,10 @@ def embed(
     tokens:Tensor, # (B, L) ids
 )->tuple[Tensor, ...]: # unit embeddings (B, E) twice, scale, and the bias where there is one
     "Both towers, in float32 behind whatever precision they were computed in."
-    with trainer.acc.autocast(): out = trainer.wrapped(normalize(images), tokens)
+    # a locked tower's features instead of pixels or tokens
+    images = (images,) if images.ndim == 2 else normalize(images)
+    if tokens.is_floating_point(): tokens = (tokens,)
+    with trainer.acc.autocast(): out = trainer.wrapped(images, tokens)
     return tuple(t.float() for t in out)
 
 # %% ../nbs/23_train.ipynb #662093db
@@ -91,9 +100,10 @@ def descend(
     lr:float, # of this step
 ):
     "Move the weights, then keep the temperature's scale at 100 or less (section 2.5)."
-    for group in trainer.optimizer.param_groups: group["lr"] = lr
+    for group in trainer.optimizer.param_groups: group["lr"] = lr*group.get("rate", 1.)
     trainer.optimizer.step()
     with torch.no_grad(): trainer.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
+    if trainer.ema: trainer.ema.update_parameters(trainer.model)
 
 # %% ../nbs/23_train.ipynb #c6277950
 @dataclass
@@ -114,6 +124,9 @@ class Trainer:
         source:Source|None=None,          # and where batches come from
     ):
         if cfg.init: cfg,model,tokenizer = from_init(cfg)
+        elif model:
+            cfg = replace(cfg, text_tower=cfg.text_tower or model.config.text_tower,
+                          resize=cfg.resize or model.config.resize)
         self.cfg = cfg = resolve(cfg)
         self.acc,self.signals = make_accelerator(cfg),None
         rank,world = self.acc.process_index,self.acc.num_processes
@@ -122,7 +135,9 @@ class Trainer:
         seed_all(cfg.seed)
         self.source,self.tokenizer,self.model = build_parts(cfg, model, tokenizer, source, rank,
                                                             world)
+        self.lora = with_lora(self.model, cfg.lora) if cfg.lora else None
         self.wrapped,self.optimizer = prepare(self.acc, cfg, self.model)
+        self.ema = build_ema(self)
         self.split = self.acc.distributed_type == DistributedType.FSDP
         self.share = (0, 1) if self.split else (rank, world) # of evaluations, for this process
         torch.manual_seed(cfg.seed*1000 + rank) # from here on each process draws its own
@@ -130,12 +145,14 @@ class Trainer:
         self.n_steps = epochs or cfg.steps
         self.step,self.seconds,self.waited,self.repeats = 0,0.,0.,0.
         self.evaluated,self.losses = 0,[]
+        self.words = partial(self.tokenizer, truncate=True) # captions to what the text tower takes
+        use_kept(self)
 
     def train_step(self, share:float)->dict[str, float]: # loss, accuracy, scale, lr; lm_loss if any
         "One step; `share` of the training is done. Raises UserError at a loss that is no number."
         start = time.perf_counter()
         images,self.captions = next_batch(self)
-        tokens = self.tokenizer(self.captions, truncate=True)
+        tokens = self.words(self.captions)
         self.waited += time.perf_counter() - start
         self.optimizer.zero_grad()
         values = add_gradients(self, images.to(self.acc.device), tokens.to(self.acc.device))
@@ -185,6 +202,7 @@ def train(
         begin(trainer)
         meter = Meter(trainer)
         try:
+            if cfg.eval_classes and not trainer.step: look_first(trainer, meter)
             run_steps(trainer, meter)
             return finish(trainer, meter)
         except (UserError, OSError) as e:
@@ -216,7 +234,8 @@ def file_source(
 )->Source:
     "Files or shards, each process its share. Raises UserError where they hold less than a batch, or no caption."
     pairs = open_pairs(cfg.data, cfg.image_col, cfg.caption_col, cfg.image_key, cfg.caption_key, cfg.classnames)
-    transform = image_transform(img_size, True, cfg.crop_scale, normalized=False)
+    transform = image_transform(img_size, cfg.crop_scale < 1, cfg.crop_scale, normalized=False,
+                                resize=cfg.resize or "shortest")
     stream = TrainStream(pairs, transform, cfg.batch_size, cfg.seed, rank, world, cfg.workers)
     n_pairs,n_global = len(pairs),cfg.batch_size*world
     if rank == 0: print(*pairs.notes, sep="\n", end="\n" if pairs.notes else "")
@@ -244,11 +263,43 @@ def make_source(
 def build_tokenizer(
     cfg:TrainConfig, # options
     texts:list,      # captions to learn from, where no released merges are named
-)->BPETokenizer:
+): # BPETokenizer, or the one of --text-tower
     "The vocabulary."
-    config = PRESETS[cfg.preset]
-    if cfg.merges: return BPETokenizer.from_openai(cfg.merges, config.ctx_len)
-    return BPETokenizer.train(texts, config.vocab_size, config.ctx_len)
+    config,folder = PRESETS[cfg.preset],hf_folder(cfg)
+    ctx_len = cfg.ctx_len or config.ctx_len
+    if folder and (folder/"tokenizer.json").is_file(): return HFTokenizer(folder, ctx_len)
+    if cfg.merges: found = BPETokenizer.from_openai(cfg.merges, ctx_len)
+    else: found = BPETokenizer.train(texts, config.vocab_size, ctx_len)
+    return found if cfg.text_tower in ("transformer", "bow") else padded_with_eos(found)
+
+def hf_folder(cfg:TrainConfig)->Path|None: # of --text-tower hf:FOLDER
+    "Where the text tower's files lie, if it is one of transformers'. Raises UserError."
+    return text_folder(cfg.text_tower[3:]) if cfg.text_tower.startswith("hf:") else None
+
+def tower_fields(
+    cfg:TrainConfig, # resolved
+)->dict:             # fields of CLIPConfig
+    "What the options change in a preset. Raises UserError for a tower that does not exist."
+    found = {k:getattr(cfg, k) for k in ("embed_dim", "img_size", "resize") if getattr(cfg, k)}
+    if cfg.image_tower:
+        name = cfg.image_tower.removeprefix("timm:")
+        own = default_pixels(name)
+        side,pixels = own.pop("img_size"),own if cfg.image_weights else {}
+        words = dict(timm_model_name=name, timm_pool=cfg.timm_pool, timm_proj=cfg.timm_proj, timm_drop=cfg.timm_drop)
+        found = dict(img_size=side) | found | dict(vision_cfg=words | pixels)
+    if folder := hf_folder(cfg):
+        words = dict(hf_model_name=str(folder), hf_pooler_type=cfg.hf_pooler_type, hf_proj_type=cfg.hf_proj_type)
+        return found | dict(text_cfg=words)
+    return found | dict(text_tower=cfg.text_tower, quick_gelu=not cfg.text_tower.startswith("siglip"))
+
+def open_start(
+    cfg:TrainConfig, # options, with --init
+)->tuple[CLIP, BPETokenizer]:
+    "The model to begin with, as it was. Raises UserError."
+    try: model,_,tokenizer = load(cfg.init, cfg.weights, cfg.quick_gelu, cfg.merges,
+                                  trust_torchscript=cfg.trust_torchscript)
+    except UserError as e: raise UserError(f"--init: {e}") from None
+    return model, tokenizer
 
 def from_init(
     cfg:TrainConfig, # options, with --init
@@ -258,11 +309,14 @@ def from_init(
     if cfg.init in PRESETS and not cfg.weights and not Path(cfg.init).exists():
         raise UserError(f"--init {cfg.init} is a name without weights: give them by --weights FILE "
                         f"(openai downloads the released ones)")
-    try: model,_,tokenizer = load(cfg.init, cfg.weights, cfg.quick_gelu, cfg.merges,
-                                  trust_torchscript=cfg.trust_torchscript)
-    except UserError as e: raise UserError(f"--init: {e}") from None
+    model,tokenizer = open_start(cfg)
     preset = cfg.preset or preset_of(cfg.init)
-    return replace(cfg, preset=recipe_for(model.config, preset, cfg.init)), model, tokenizer
+    cfg = replace(cfg, preset=recipe_for(model.config, preset, cfg.init),
+                  text_tower=cfg.text_tower or model.config.text_tower, resize=cfg.resize or model.config.resize)
+    if cfg.ctx_len and cfg.ctx_len != model.config.ctx_len:
+        model,tokenizer = with_ctx_len(model, cfg.ctx_len, cfg.positions),with_length(tokenizer, cfg.ctx_len)
+    if cfg.resize != model.config.resize: model.config = replace(model.config, resize=cfg.resize)
+    return cfg, model, tokenizer
 
 def check_start(
     cfg:TrainConfig, # options
@@ -273,29 +327,49 @@ def check_start(
     c = model.config
     if (c.logit_bias is not None) != (cfg.loss == "siglip"):
         raise UserError(f"--loss {cfg.loss} does not suit a model that was trained with the other one")
-    if given and c.text_tower != cfg.text_tower:
+    if given and cfg.text_tower not in (None, c.text_tower):
         raise UserError(f"the model has a text tower of kind {c.text_tower}: give --text-tower {c.text_tower}")
-    if cfg.freeze_bn and c.patch_size:
-        raise UserError("--freeze-bn has nothing to freeze: a vision transformer has no BatchNorm")
+    if cfg.freeze_bn and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise UserError("--freeze-bn has nothing to freeze: this model has no BatchNorm")
 
 def build_model(
     cfg:TrainConfig,  # options
-    vocab_size:int,   # of the tokenizer
+    tokenizer,        # of the model
     start:CLIP|None,  # a model to begin with, for example of --init
 )->CLIP:              # in training mode
     "A new model, or `start` at the resolution asked for. Raises UserError where it does not suit the options."
     model = start
-    if start is None:
-        sizes = dict(img_size=cfg.img_size) if cfg.img_size else {}
-        bias = -10. if cfg.loss == "siglip" else None
-        model = create_model(cfg.preset, vocab_size=vocab_size, text_tower=cfg.text_tower, logit_bias=bias, **sizes)
+    if start is None: model = new_model(cfg, tokenizer)
     elif cfg.img_size not in (None, start.config.img_size): model = with_img_size(start, cfg.img_size)
     check_start(cfg, model, start is not None)
     if cfg.text_weights == "bfloat16": model.text.to(torch.bfloat16)
     if cfg.grad_checkpointing: checkpoint_blocks(model)
+    for tower,locked in ((model.visual, cfg.lock_image), (model.text, cfg.lock_text)):
+        if locked: lock(tower, cfg.unlock_blocks)
+    return model
+
+def start_training(
+    cfg:TrainConfig, # options
+    model:CLIP,      # changed in place
+):
+    "Training mode for what moves."
     model.train()
     for m in model.modules() if cfg.freeze_bn else ():
         if isinstance(m, _BatchNorm): m.eval()
+    if cfg.lock_image or cfg.lock_text or cfg.lora: keep_still(model)
+
+def new_model(
+    cfg:TrainConfig, # resolved
+    tokenizer,       # of the model
+)->CLIP:
+    "A model by the options: new weights, but for towers that others trained. Raises UserError."
+    bias,changes = -10. if cfg.loss == "siglip" else None,tower_fields(cfg)
+    if not isinstance(tokenizer, HFTokenizer): changes |= dict(vocab_size=len(tokenizer))
+    model = create_model(cfg.preset, logit_bias=bias, ctx_len=tokenizer.ctx_len, **changes)
+    if cfg.image_weights: load_trunk(model.visual, cfg.image_weights)
+    if folder := hf_folder(cfg):
+        if not load_text(model.text, folder) and cfg.lock_text:
+            raise UserError(f"--lock-text: {folder} holds no weights, and a new tower has learned nothing yet")
     return model
 
 def build_optimizer(
@@ -304,7 +378,10 @@ def build_optimizer(
 )->torch.optim.Optimizer:
     "AdamW, or the one that stores in half precision."
     how = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
-    groups = parameter_groups(model, cfg.weight_decay)
+    slower = dict(lr_image=cfg.lr_image, lr_text=cfg.lr_text, layer_decay=cfg.layer_decay)
+    own = None if set(slower.values()) == {1.} else rates(model, **slower)
+    groups = parameter_groups(model, cfg.weight_decay, own)
+    if not any(group["params"] for group in groups): raise UserError("nothing is left to train: every tower is locked")
     if cfg.adam_stats == cfg.text_weights == "float32": return torch.optim.AdamW(groups, **how)
     return SmallAdamW(groups, **how, stats_dtype=getattr(torch, cfg.adam_stats))
 
@@ -329,10 +406,32 @@ def build_parts(
     if cfg.eval_data:
         next(iter(PairStream(open_pairs(cfg.eval_data, cfg.image_col, cfg.caption_col, cfg.image_key, cfg.caption_key,
                                         cfg.classnames), image_transform(32))))
-    img_size = cfg.img_size or (model.config if model else PRESETS[cfg.preset]).img_size
+    if cfg.eval_classes: watched_sets(cfg.eval_classes, 32)
+    wanted = PRESETS[cfg.preset].img_size if model or not cfg.image_tower else tower_fields(cfg)["img_size"]
+    img_size = cfg.img_size or (model.config.img_size if model else wanted)
     source = source or make_source(cfg, img_size, rank, world)
     tokenizer = tokenizer or build_tokenizer(cfg, source.texts)
-    return source, tokenizer, build_model(cfg, len(tokenizer), model)
+    return source, tokenizer, build_model(cfg, tokenizer, model)
+
+# %% ../nbs/23_train.ipynb #fb5811ec
+def use_kept(
+    trainer, # set up, of class `Trainer`
+):
+    "Let a locked tower's features take the place of its input, where the input is the same in every epoch."
+    t,cfg,stream = trainer,trainer.cfg,trainer.source.position
+    if not cfg.keep_embeddings or cfg.unlock_blocks or t.split or not isinstance(stream, TrainStream): return
+    folder,about = cfg.kept or cfg.out/"kept",(cfg.data, cfg.precision, len(stream.pairs))
+    with evaluating(t.model), t.acc.autocast(), t.acc.main_process_first():
+        if cfg.lock_image and cfg.crop_scale == 1:
+            found = keep(folder, "images", t.model.visual, partial(embed_images, stream.pairs, stream.transform,
+                         t.model.visual, t.acc.device), *about, cfg.image_key, cfg.image_col, stream.transform)
+            kept = KeptImages(found["names"], found["marks"], found["features"])
+            stream.look,stream.transform = kept.look,kept
+        if cfg.lock_text:
+            found = keep(folder, "texts", t.model.text, partial(embed_texts, stream.pairs, t.tokenizer, t.model.text,
+                         t.acc.device), *about, cfg.caption_col, cfg.caption_key, t.tokenizer.ctx_len,
+                         fingerprint(t)["vocabulary"])
+            t.words = KeptTexts(found["names"], found["features"])
 
 # %% ../nbs/23_train.ipynb #83197b88
 def check_tracker(name:str|None):
@@ -366,14 +465,44 @@ def prepare(
 )->tuple:            # the model as accelerate wraps it, its optimiser
     "Make model and optimiser ready for one process or many. Raises UserError for what FSDP can't do."
     split = acc.distributed_type == DistributedType.FSDP
+    if split and (cfg.lora or cfg.ema): raise UserError("--lora and --ema do not work with FSDP: leave them out")
     if split and (cfg.lm_weight or "bfloat16" in (cfg.adam_stats, cfg.text_weights)):
         raise UserError("--lm-weight, --adam-stats bfloat16 and --text-weights bfloat16 do not work with FSDP: "
                         "leave them out")
     if split: splittable(model)
+    start_training(cfg, model)
     wrapped,optimizer = acc.prepare(model, build_optimizer(cfg, model))
     # they gather weights, as `forward` does
     for name in ("encode_image", "encode_text") if split else (): register_fsdp_forward_method(wrapped, name)
     return wrapped, optimizer
+
+def build_ema(
+    trainer, # with its model prepared, of class `Trainer`
+): # torch's AveragedModel, or None
+    "A running mean of the weights, which checkpoints hold too."
+    if not trainer.cfg.ema: return None
+    ema = AveragedModel(trainer.model, multi_avg_fn=get_ema_multi_avg_fn(trainer.cfg.ema))
+    trainer.acc.register_for_checkpointing(ema)
+    return ema
+
+def judged(
+    trainer, # set up, of class `Trainer`
+)->CLIP:
+    "The model that is evaluated on the way: the running mean where there is one."
+    return trainer.ema.module if trainer.ema else trainer.model
+
+def final_model(
+    trainer, # after its last step, of class `Trainer`
+)->CLIP|None: # None in all processes but the first, where FSDP has split it
+    "What is saved: the running mean, the model with its additions added up, or a mean with the start. Called by all."
+    t,alpha = trainer,trainer.cfg.average_with_init
+    model = t.ema.module if t.ema else whole_model(t)
+    if t.lora and model: model = without_lora(t.lora)
+    if alpha is None or model is None: return model
+    start = open_start(t.cfg)[0]
+    if start.config.ctx_len != model.config.ctx_len: start = with_ctx_len(start, model.config.ctx_len, t.cfg.positions)
+    if start.config.img_size != model.config.img_size: start = with_img_size(start, model.config.img_size)
+    return average(start.to(t.acc.device), model, alpha)
 
 def whole_model(
     trainer, # set up, of class `Trainer`
@@ -433,9 +562,11 @@ def next_batch(
     return batch
 
 # %% ../nbs/23_train.ipynb #2af069cb
-SAME = ("data", "preset", "init", "img_size", "text_tower", "loss", "merges", "batch_size",
+SAME = ("data", "preset", "init", "img_size", "ctx_len", "resize", "text_tower", "loss", "merges", "batch_size",
         "workers", "seed", "scenes", "variants", "varied", "hold_out_val", "extra_fonts",
-        "adam_stats", "text_weights", "freeze_bn") # what a resumed run must have as it was
+        "adam_stats", "text_weights", "freeze_bn", "image_tower", "image_weights", "embed_dim",
+        "timm_pool", "timm_proj", "timm_drop", "hf_pooler_type", "hf_proj_type", "lock_image", "lock_text",
+        "unlock_blocks", "lr_image", "lr_text", "layer_decay", "lora", "ema") # what a resumed run must have as it was
 
 def options(cfg:TrainConfig)->dict: # plain values
     "The options as JSON and checkpoints hold them."
@@ -463,7 +594,8 @@ def load_state(
     "Take up a run where a checkpoint left it. Raises UserError where it can't go on."
     now,changed,out = options(trainer.cfg),[],trainer.cfg.out
     def fits(shared):
-        before = shared.pop("options")
+        older = dict(text_tower="transformer", resize="shortest") # what was not written down then
+        before = options(TrainConfig()) | older | shared.pop("options")
         before["preset"] = RENAMED.get(before["preset"], before["preset"])
         other = [k for k in now if now[k] != before.get(k) and k not in ("out", "resume", "overwrite")]
         changed[:] = [f"{k} {before.get(k)} -> {now[k]}" for k in other]
@@ -484,16 +616,19 @@ def describe(
 )->str:              # two lines, or three
     "What is about to happen, in words: sizes, precision, processes, and the batch sizes apart."
     t,cfg,n = trainer,trainer.cfg,trainer.acc.num_processes
-    params = sum(p.numel() for p in t.model.parameters())
+    params,moving = (sum(p.numel() for p in t.model.parameters() if p.requires_grad or every) for every in (1, 0))
+    others = cfg.image_tower,cfg.text_tower if cfg.text_tower.startswith("hf:") else None
+    names = " and ".join(n for n in others if n) or cfg.preset
+    share = "" if moving == params else f" ({moving/1e6:.2f} M of them move)"
     parts = f", {cfg.micro_batch} of them at a time" if cfg.micro_batch else ""
-    lines = [f"{cfg.preset}: {params/1e6:.2f} M parameters, {len(t.tokenizer)} tokens, precision {cfg.precision}, "
+    lines = [f"{names}: {params/1e6:.2f} M parameters{share}, {len(t.tokenizer)} tokens, precision {cfg.precision}, "
              f"{n} process(es) of {cfg.threads} thread(s) on {t.acc.device}",
              f"batch: {cfg.batch_size} pairs a process{parts}, {t.n_global} a step, each contrasted with "
              f"{t.n_global-1} others"]
     if n < (asked := processes_asked()):
         lines.append(f"the launcher was asked for {asked} processes and started {n}: without GPUs it starts several by "
                      f"--multi_gpu --num_processes {asked}, and without --cpu")
-    if cfg.preset in RELEASED and t.n_global != PAPER_BATCH:
+    if cfg.preset in RELEASED and not cfg.init and t.n_global != PAPER_BATCH:
         lines.append(f"the paper's learning rate for {cfg.preset} was made for batches of {PAPER_BATCH:,}: "
                      f"more processes, or --batch-size with --micro-batch, come nearer to it")
     return "\n".join(lines)
@@ -507,9 +642,17 @@ def evaluate_on_the_way(
     t = trainer
     t.evaluated = int(share*t.cfg.evals)
     share_buffers(t)
-    found = evaluate(t.cfg, t.model, t.tokenizer, False, *t.share)
+    found = evaluate(t.cfg, judged(t), t.tokenizer, False, *t.share)
     meter.write(step=t.step, **found)
     if t.cfg.checkpoint_every: save_state(t, score(found))
+
+def look_first(
+    trainer:Trainer, # before its first step
+    meter:Meter,     # of the trainer
+):
+    "Write down what the model can name before it has learned anything here. Called by all processes."
+    asked = replace(trainer.cfg, eval_data=None, data="")
+    meter.write(step=0, **evaluate(asked, trainer.model, trainer.tokenizer, False, *trainer.share))
 
 def warn_at_the_floor(
     trainer:Trainer, # behind a step
@@ -586,11 +729,11 @@ def finish(
     meter.bar.close()
     share_buffers(t)
     if cfg.checkpoint_every: save_state(t) # whatever happens from here on, the training is not lost
-    model = whole_model(t)
+    model = final_model(t)
     if acc.is_main_process:
         save_model(model, t.tokenizer, cfg.out, train=options(cfg), processes=acc.num_processes,
                    hardware=hardware(), torch=torch.__version__)
-    found = evaluate(cfg, t.model, t.tokenizer, True, *t.share)
+    found = evaluate(cfg, t.model if t.split else model, t.tokenizer, True, *t.share)
     counts = getattr(t.source.position, "counts", None)
     if counts is not None: counts = acc.reduce(counts.to(acc.device), "sum").tolist()
     repeats = acc.reduce(torch.tensor(t.repeats/t.step, device=acc.device), "mean").item()
