@@ -31,7 +31,7 @@ from .foreign import exists, open_foreign
 from .formats import SIGLIPS
 from .sources import HUB, RELEASES
 from .tokenizer import BPETokenizer
-from .towers import open_tokenizer
+from .towers import IMAGE_WORDS, TEXT_WORDS, filled, open_tokenizer
 
 # %% ../nbs/88_checkpoint.ipynb #7b8e9816
 def image_words(
@@ -40,8 +40,9 @@ def image_words(
     "The image tower in open_clip's words."
     c = config
     if c.vision_cfg is not None:
-        words = {k:v for k,v in c.vision_cfg.items() if k not in ("mean", "std")}
-        words["timm_proj"] = words.get("timm_proj", "linear") or None
+        # every word, as open_clip's defaults are others
+        words = {k:v for k,v in filled(c.vision_cfg, IMAGE_WORDS).items() if k not in ("mean", "std")}
+        words["timm_proj"] = words["timm_proj"] or None
         return dict(image_size=c.img_size, timm_model_pretrained=False) | words
     words = dict(image_size=c.img_size, layers=c.vision_layers if c.patch_size else list(c.vision_layers),
                  width=c.vision_width, head_width=c.vision_head_width)
@@ -53,12 +54,12 @@ def image_words(
 def text_words(
     config:CLIPConfig, # of our model
 )->dict:               # open_clip's text_cfg
-    "The text tower in open_clip's words. A text model's own configuration goes into a folder of its own."
+    "The text tower in open_clip's words. A text model's own configuration goes into a file of its own."
     c = config
     words = dict(context_length=c.ctx_len, vocab_size=c.vocab_size, hf_tokenizer_name=".")
     if c.text_cfg is not None:
-        named = {k:c.text_cfg[k] for k in ("hf_pooler_type", "hf_proj_type") if k in c.text_cfg}
-        return words | dict(hf_model_name=c.text_cfg.get("hf_model_name"), hf_model_pretrained=False) | named
+        named = {k:v for k,v in filled(c.text_cfg, TEXT_WORDS).items() if k != "hf_config"}
+        return words | named | dict(hf_model_pretrained=False)
     words |= dict(width=c.text_width, heads=c.text_heads, layers=c.text_layers)
     return words | SIGLIPS.get(c.text_tower, {})
 

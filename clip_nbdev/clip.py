@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .core import UserError
+from .data import RESIZE
 from .loss import LOGIT_SCALE_INIT, SIGLIP_SCALE_INIT
 from .resnet import ModifiedResNet
 from .text import BagOfWords, TextTransformer
@@ -65,8 +66,7 @@ def check_config(
     c,layers = config,config.vision_layers
     if c.text_tower not in TEXT_TOWERS:
         raise UserError(f"no text tower {c.text_tower!r}: there are {' and '.join(TEXT_TOWERS)}")
-    if c.resize not in ("shortest", "longest", "squash"):
-        raise UserError(f"resize must be shortest, longest or squash, not {c.resize!r}")
+    if c.resize not in RESIZE: raise UserError(f"resize must be one of {', '.join(RESIZE)}, not {c.resize!r}")
     if (c.text_tower == "hf") != (c.text_cfg is not None):
         raise UserError("a text_cfg and text_tower 'hf' belong together: give both or none")
     if c.patch_size and not isinstance(layers, int):

@@ -25,17 +25,24 @@ from torch import Tensor, nn
 from .checkpoint import is_run, load, write_json
 from .clip import CLIP, CLIPConfig, to_released
 from .core import UserError, progress
-from .data import MEAN, STD
+from .data import MEAN, STD, reason
 from .formats import hf_config, to_hf
 from .stream import one_line
 
 # %% ../nbs/89_export.ipynb #9411a869
 def images_config(
     img_size:int, # side of the images in pixels
+    resize:str="shortest", # how a picture becomes a square
 )->dict:          # contents of transformers' preprocessor_config.json
-    "CLIP's preprocessing (section 2.3) in transformers' words: bicubic, the shorter side, the centre."
+    """CLIP's preprocessing (section 2.3) in transformers' words: bicubic, the shorter side, the centre.
+    Raises UserError for padding, which has none there."""
+    if resize == "longest":
+        raise UserError("transformers' preprocessing has no padding to a square, and this model was "
+                        "trained with it")
+    size = dict(shortest_edge=img_size)
+    if resize == "squash": size = dict(height=img_size, width=img_size)
     return dict(image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True,
-                size=dict(shortest_edge=img_size), resample=3, do_center_crop=True,
+                size=size, resample=3, do_center_crop=resize == "shortest",
                 crop_size=dict(height=img_size, width=img_size), do_rescale=True,
                 rescale_factor=1/255, do_normalize=True, image_mean=MEAN, image_std=STD)
 
@@ -65,11 +72,12 @@ def export_hf(
 ):
     "Write what transformers loads. Raises UserError for a ResNet or another model that it has no class for."
     model,_,tokenizer = load(run)
-    config = hf_config(model.config) # first, as it refuses
+    # first, as they refuse
+    config,images = hf_config(model.config),images_config(model.config.img_size, model.config.resize)
     with written_whole(folder) as place:
         save_file(to_hf(to_released(model.state_dict())), place/"model.safetensors", metadata={"format":"pt"})
         write_json(place/"config.json", config)
-        write_json(place/"preprocessor_config.json", images_config(model.config.img_size))
+        write_json(place/"preprocessor_config.json", images)
         tokenizer.save(place)
 
 # %% ../nbs/89_export.ipynb #2763a22c
@@ -98,7 +106,8 @@ def example(
     if kind == "image": return torch.zeros(2, 3, config.img_size, config.img_size), {0:batch}
     texts = torch.arange(2*config.ctx_len).reshape(2, -1) % 7
     texts[:,-1] = config.vocab_size-1 # [EOS]
-    return texts.to(ids), {0:batch, 1:length}
+    # SigLIP's tower takes texts of full length alone
+    return texts.to(ids), {0:batch} if config.text_tower.startswith("siglip") else {0:batch, 1:length}
 
 # %% ../nbs/89_export.ipynb #0f3d4550
 def compared(
@@ -124,17 +133,20 @@ def export_onnx(
     if ids not in ("int64", "int32"): raise UserError(f"token ids are int64 or int32, not {ids!r}")
     model,_,tokenizer = load(run_or_name)
     config,gaps = model.config,{}
+    images = images_config(config.img_size, config.resize)
     with written_whole(folder) as place:
         for kind,given in progress((("image", "pixels"), ("text", "ids")), desc="exporting towers"):
             tower,(x,free) = Tower(model, kind),example(config, kind, getattr(torch, ids))
             with warnings.catch_warnings(action="ignore"): # of PyTorch's about itself
-                program = torch.onnx.export(tower, (x,), dynamo=True, dynamic_shapes=dict(given=free), verbose=False,
-                                            input_names=[given], output_names=["embeddings"])
+                how = dict(dynamic_shapes=dict(given=free), input_names=[given], output_names=["embeddings"])
+                try: program = torch.onnx.export(tower, (x,), dynamo=True, verbose=False, **how)
+                except torch.onnx.OnnxExporterError as e: # of a network that others wrote
+                    raise UserError(f"PyTorch can't write the {kind} tower as ONNX ({reason(e)})") from None
             program.save(place/f"{kind}.onnx")
             gaps[f"{kind}.onnx"] = compared(tower, place/f"{kind}.onnx", torch.cat([x, x[:1]])) # another batch
         write_json(place/"onnx.json", dict(scale=model.scale.item(), embed_dim=config.embed_dim, ctx_len=config.ctx_len,
                                            vocab_size=config.vocab_size, ids=ids))
-        write_json(place/"preprocessor_config.json", images_config(config.img_size))
+        write_json(place/"preprocessor_config.json", images)
         tokenizer.save(place)
     return gaps
 

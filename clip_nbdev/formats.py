@@ -303,14 +303,13 @@ SIGLIP = dict(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs
 SIGLIPS = dict(siglip=SIGLIP, siglip2=SIGLIP | dict(act_kwargs=dict(approximate="tanh")))
 
 def other_image(
-    vision:dict,    # open_clip's vision_cfg
-    model_cfg:dict, # all of its configuration
-)->dict:            # fields of CLIPConfig; none where the tower is the paper's
-    "An image tower of timm's. Raises UserError where dropout is to be random in an evaluation."
+    vision:dict, # open_clip's vision_cfg
+)->dict:         # fields of CLIPConfig; none where the tower is the paper's
+    "An image tower of timm's. What is left out has open_clip's defaults."
     if not vision.get("timm_model_name"): return {}
-    words = {k:vision[k] for k in ("timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop")
-             if vision.get(k)}
-    if "timm_proj" in vision and not vision["timm_proj"]: words["timm_proj"] = ""
+    usual = dict(timm_model_name=None, timm_pool="avg", timm_proj="linear", timm_proj_bias=False, timm_drop=0.)
+    words = {k:vision.get(k, v) for k,v in usual.items()}
+    words["timm_proj"] = words["timm_proj"] or "" # null there
     if "siglip" in words["timm_model_name"]: words |= dict(mean=[0.5]*3, std=[0.5]*3) # as all of them were trained
     return dict(vision_cfg=words, vision_layers=0, vision_width=0, patch_size=None, vision_mlp_width=None)
 
@@ -319,8 +318,8 @@ def other_text(
 )->dict:       # fields of CLIPConfig, and what was read; none where the tower is the paper's
     "A text tower of transformers', or SigLIP's."
     if text.get("hf_model_name"):
-        words = {k:text[k] for k in ("hf_model_name", "hf_pooler_type", "hf_proj_type") if text.get(k)}
-        words |= dict(hf_proj_type=text.get("hf_proj_type"))
+        usual = dict(hf_model_name=None, hf_pooler_type="mean_pooler", hf_proj_type="mlp") # open_clip's
+        words = {k:text.get(k, v) for k,v in usual.items()}
         return import_module("clip_nbdev.towers").text_fields(words) | dict(
             ctx_len=text.get("context_length", 77),
             said=[k for k in text if k.startswith("hf_") or k == "tokenizer_kwargs"])
@@ -338,7 +337,7 @@ def facts_of_open_clip(
     if not {"vision_cfg", "text_cfg", "embed_dim"} <= model_cfg.keys():
         raise UserError("open_clip's configuration needs embed_dim, vision_cfg and text_cfg")
     check_switches(model_cfg, ("vision_cfg", "text_cfg", "embed_dim", "quick_gelu"))
-    others = other_image(vision, model_cfg) | other_text(text)
+    others = other_image(vision) | other_text(text)
     of_timm = "timm_" if others.get("vision_cfg") else "no such word"
     check_switches({k:v for k,v in vision.items() if not k.startswith(of_timm)},
                    ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"))
@@ -398,6 +397,9 @@ def hf_config(
 )->dict:               # contents of transformers' config.json
     "The same in transformers' words. Raises UserError for what transformers has no class for."
     c = config
+    if c.vision_cfg is not None:
+        raise UserError("transformers' CLIPModel has no image tower of timm's: open_clip opens "
+                        "a run folder as it is")
     if not c.patch_size:
         raise UserError(
             "transformers has no class for CLIP's ResNets: open_clip opens a run folder as it is, "

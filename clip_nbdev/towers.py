@@ -7,7 +7,7 @@ __all__ = ['IMAGE_WORDS', 'TEXT_WORDS', 'POOLERS', 'TanhGELU', 'PUNCTUATION', 'C
            'text_fields', 'TimmTower', 'check_image_words', 'said_plainly', 'open_trunk', 'image_head', 'check_side',
            'renormalisation', 'HFTower', 'read_text_config', 'text_config', 'open_text_model', 'text_head',
            'SigLipText', 'HFTokenizer', 'read_fast', 'special_id', 'open_tokenizer', 'padded_with_eos', 'load_trunk',
-           'in_order', 'load_text', 'text_folder', 'default_pixels']
+           'in_order', 'has_weights', 'load_text', 'text_folder', 'default_pixels']
 
 # %% ../nbs/16_towers.ipynb #a29ce198
 import json
@@ -213,7 +213,7 @@ class HFTower(nn.Module):
 
     def features(self, tokens:Tensor)->Tensor: # (B, L) ids -> (B, F)
         "One vector a text. What stands behind the first padding is not read."
-        read = (tokens != self.pad_id).cumprod(1)
+        read = ((tokens == self.pad_id).cumsum(1) == 0).long()
         if not being_traced(): # the longest text decides how much is computed
             longest = max(1, int(read.sum(1).max()))
             tokens,read = tokens[:, :longest],read[:, :longest]
@@ -321,7 +321,7 @@ class SigLipText(TextTransformer):
         "Embed texts of full length. Raises ValueError for another shape."
         if tokens.ndim != 2 or tokens.shape[1] != self.ctx_len:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be (B, {self.ctx_len})")
-        last = torch.full((len(tokens),), self.ctx_len-1, device=tokens.device)
+        last = torch.full_like(tokens[:,0], self.ctx_len-1)
         return self.text_projection(self.ln_final(self.transformer(self.embed(tokens), at=last)))
 
 # %% ../nbs/16_towers.ipynb #0a69a5fa
@@ -469,12 +469,17 @@ def in_order(
                         f"{odd or f'{len(found)} tensors instead of {len(wanted)}'}")
     return {a:w for (a,_),(_,w) in pairs}
 
+# %% ../nbs/16_towers.ipynb #4ac5daa4
+def has_weights(folder:Path)->bool: # of transformers
+    "Whether a folder holds more than a configuration."
+    return any((folder/name).is_file() for name in WEIGHT_FILES)
+
 def load_text(
     tower:HFTower, # whose text model gets weights
     folder:Path,   # of transformers
 )->bool:           # whether there were any
     "Put a text model's weights into a tower. Raises UserError where they don't fit."
-    if not any((folder/name).is_file() for name in WEIGHT_FILES): return False
+    if not has_weights(folder): return False
     extra("transformers").utils.logging.disable_progress_bar()
     state = extra("transformers").AutoModel.from_pretrained(folder).state_dict()
     wanted = tower.transformer.state_dict()
@@ -485,6 +490,7 @@ def load_text(
     tower.transformer.load_state_dict({k:state[k] for k in wanted})
     return True
 
+# %% ../nbs/16_towers.ipynb #8f6bc520
 def text_folder(
     name:str, # what follows hf: in --text-tower
 )->Path:      # with config.json, and perhaps weights and a tokenizer

@@ -45,7 +45,7 @@ from .data import image_transform, normalize, open_pairs, reason
 from .evaluate import watched_sets
 from .finetune import average, keep_still, lock, rates, with_lora, without_lora
 from .glyphs import GlyphPairs, repeated
-from .kept import KeptImages, KeptTexts, embed_images, embed_texts, keep
+from .kept import KeptImages, KeptTexts, all_captions, embed_images, embed_texts, keep, stamp
 from .loss import MAX_SCALE, ClipLoss, SigLipLoss, clip_loss, in_batch_accuracy
 from .memory import SmallAdamW, cached_backward, checkpoint_blocks
 from .recipe import PAPER_BATCH, RUN_FILES, TrainConfig, check, lr_at, parameter_groups, preset_of
@@ -55,7 +55,8 @@ from .report import FLOOR_HELP, Meter, evaluate, guessing, score, write_report
 from .stream import PairStream, TrainStream, one_line
 from .text import lm_loss
 from .tokenizer import BPETokenizer
-from .towers import HFTokenizer, default_pixels, load_text, load_trunk, padded_with_eos, text_folder
+from .towers import HFTokenizer, default_pixels, has_weights, load_text, load_trunk
+from .towers import padded_with_eos, text_folder
 from .varied import VariedPairs
 from .zeroshot import evaluate_suite
 
@@ -268,6 +269,9 @@ def build_tokenizer(
     config,folder = PRESETS[cfg.preset],hf_folder(cfg)
     ctx_len = cfg.ctx_len or config.ctx_len
     if folder and (folder/"tokenizer.json").is_file(): return HFTokenizer(folder, ctx_len)
+    if folder and has_weights(folder):
+        raise UserError(f"--text-tower: {folder} has weights and no tokenizer.json, so their vocabulary is unknown "
+                        f"(transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one)")
     if cfg.merges: found = BPETokenizer.from_openai(cfg.merges, ctx_len)
     else: found = BPETokenizer.train(texts, config.vocab_size, ctx_len)
     return found if cfg.text_tower in ("transformer", "bow") else padded_with_eos(found)
@@ -292,6 +296,7 @@ def tower_fields(
         return found | dict(text_cfg=words)
     return found | dict(text_tower=cfg.text_tower, quick_gelu=not cfg.text_tower.startswith("siglip"))
 
+# %% ../nbs/23_train.ipynb #45582b5e
 def open_start(
     cfg:TrainConfig, # options, with --init
 )->tuple[CLIP, BPETokenizer]:
@@ -318,6 +323,7 @@ def from_init(
     if cfg.resize != model.config.resize: model.config = replace(model.config, resize=cfg.resize)
     return cfg, model, tokenizer
 
+# %% ../nbs/23_train.ipynb #a9cbff39
 def check_start(
     cfg:TrainConfig, # options
     model:CLIP,      # the one to train
@@ -343,7 +349,9 @@ def build_model(
     elif cfg.img_size not in (None, start.config.img_size): model = with_img_size(start, cfg.img_size)
     check_start(cfg, model, start is not None)
     if cfg.text_weights == "bfloat16": model.text.to(torch.bfloat16)
-    if cfg.grad_checkpointing: checkpoint_blocks(model)
+    if cfg.grad_checkpointing and not checkpoint_blocks(model):
+        raise UserError("--grad-checkpointing knows the blocks of the paper's towers, and this model has none: "
+                        "--micro-batch saves memory with any")
     for tower,locked in ((model.visual, cfg.lock_image), (model.text, cfg.lock_text)):
         if locked: lock(tower, cfg.unlock_blocks)
     return model
@@ -372,6 +380,7 @@ def new_model(
             raise UserError(f"--lock-text: {folder} holds no weights, and a new tower has learned nothing yet")
     return model
 
+# %% ../nbs/23_train.ipynb #f2e8d9f1
 def build_optimizer(
     cfg:TrainConfig, # options
     model:CLIP,      # whose parameters it moves
@@ -381,7 +390,8 @@ def build_optimizer(
     slower = dict(lr_image=cfg.lr_image, lr_text=cfg.lr_text, layer_decay=cfg.layer_decay)
     own = None if set(slower.values()) == {1.} else rates(model, **slower)
     groups = parameter_groups(model, cfg.weight_decay, own)
-    if not any(group["params"] for group in groups): raise UserError("nothing is left to train: every tower is locked")
+    if not any(p.requires_grad for name,p in model.named_parameters() if not name.startswith("logit_")):
+        raise UserError("nothing is left to train but the temperature: both towers are locked whole")
     if cfg.adam_stats == cfg.text_weights == "float32": return torch.optim.AdamW(groups, **how)
     return SmallAdamW(groups, **how, stats_dtype=getattr(torch, cfg.adam_stats))
 
@@ -420,17 +430,17 @@ def use_kept(
     "Let a locked tower's features take the place of its input, where the input is the same in every epoch."
     t,cfg,stream = trainer,trainer.cfg,trainer.source.position
     if not cfg.keep_embeddings or cfg.unlock_blocks or t.split or not isinstance(stream, TrainStream): return
-    folder,about = cfg.kept or cfg.out/"kept",(cfg.data, cfg.precision, len(stream.pairs))
+    folder = cfg.kept or cfg.out/"kept"
     with evaluating(t.model), t.acc.autocast(), t.acc.main_process_first():
         if cfg.lock_image and cfg.crop_scale == 1:
             found = keep(folder, "images", t.model.visual, partial(embed_images, stream.pairs, stream.transform,
-                         t.model.visual, t.acc.device), *about, cfg.image_key, cfg.image_col, stream.transform)
+                         t.model.visual, t.acc.device), *stamp(stream.pairs), stream.transform, cfg.precision)
             kept = KeptImages(found["names"], found["marks"], found["features"])
             stream.look,stream.transform = kept.look,kept
         if cfg.lock_text:
-            found = keep(folder, "texts", t.model.text, partial(embed_texts, stream.pairs, t.tokenizer, t.model.text,
-                         t.acc.device), *about, cfg.caption_col, cfg.caption_key, t.tokenizer.ctx_len,
-                         fingerprint(t)["vocabulary"])
+            texts = all_captions(stream.pairs)
+            found = keep(folder, "texts", t.model.text, partial(embed_texts, texts, t.tokenizer, t.model.text,
+                         t.acc.device), *texts, t.tokenizer.ctx_len, fingerprint(t)["vocabulary"], cfg.precision)
             t.words = KeptTexts(found["names"], found["features"])
 
 # %% ../nbs/23_train.ipynb #83197b88
@@ -465,7 +475,8 @@ def prepare(
 )->tuple:            # the model as accelerate wraps it, its optimiser
     "Make model and optimiser ready for one process or many. Raises UserError for what FSDP can't do."
     split = acc.distributed_type == DistributedType.FSDP
-    if split and (cfg.lora or cfg.ema): raise UserError("--lora and --ema do not work with FSDP: leave them out")
+    if split and (cfg.lora or cfg.ema or cfg.average_with_init is not None):
+        raise UserError("--lora, --ema and --average-with-init do not work with FSDP: leave them out")
     if split and (cfg.lm_weight or "bfloat16" in (cfg.adam_stats, cfg.text_weights)):
         raise UserError("--lm-weight, --adam-stats bfloat16 and --text-weights bfloat16 do not work with FSDP: "
                         "leave them out")
@@ -696,7 +707,8 @@ def clear_leftovers(
     "Remove what an earlier run, or a kill while a file was written, left in the folder, and records of steps to come."
     out = trainer.cfg.out
     for p in list(out.iterdir()):
-        if p.name.endswith(".aside") or (p.name in RUN_FILES and not resumed): rmtree(p) if p.is_dir() else p.unlink()
+        old = p.name in RUN_FILES and p.name != "kept" and not resumed # features say themselves whose they are
+        if p.name.endswith(".aside") or old: rmtree(p) if p.is_dir() else p.unlink()
     rewind(out/"metrics.jsonl", trainer.step)
 
 def begin(

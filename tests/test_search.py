@@ -30,7 +30,7 @@ def test_build_and_query(tmp_path, photos):
     assert done.returncode == 0 and "30 pictures, 30 of them embedded now, 0 gone" in done.stdout, done.stderr
     done = command("query", "a red heart", "--index", "index", "--n", "5", cwd=tmp_path)
     assert done.returncode == 0 and len([line for line in done.stdout.splitlines() if ".png" in line and "photos" in line]) == 5, done.stderr
-    assert (tmp_path/"sheet.png").stat().st_size > 1000 and (tmp_path/"sheet.html").read_text().count("<figure>") == 5
+    assert (tmp_path/"index"/"sheet.png").stat().st_size > 1000 and (tmp_path/"index"/"sheet.html").read_text().count("<figure>") == 5
     done = command("query", "--like", photos/"04.png", "--index", "index", "--n", "1", "--sheet", "one.png", cwd=tmp_path)
     assert "04.png" in done.stdout and "1.000" in done.stdout
     again = command("build", photos, "--index", "index", cwd=tmp_path)
@@ -73,6 +73,7 @@ def test_a_picture_that_changed_has_its_new_embedding(tmp_path, photos):
     (["query", "--like", "x.png", "--index", "index"], "no such file"),
     (["query", "a dog", "--index", "index", "--n", "0"], "--n must be at least 1"),
     (["query", "a dog", "--index", "index", "--sheet", "none/sheet.png"], "can't be written"),
+    (["build", "photos", "--index", "/proc/index"], "can't be written to"),
     (["build", "photos", "--index", "other"], "holds files of something else"),
     (["build", "copy", "--index", "index"], "give another --index"),
 ])

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,14 +18,16 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from clip_nbdev import load
 from clip_nbdev.checkpoint import save_model
-from clip_nbdev.clip import create_model, to_released
+from clip_nbdev.clip import CLIP, create_model, to_released
 from clip_nbdev.core import UserError
+from clip_nbdev.export import export_hf, export_onnx
 from clip_nbdev.loss import clip_loss
 from clip_nbdev.recipe import TrainConfig
 from clip_nbdev.resume import Stopped
 from clip_nbdev.tokenizer import BPETokenizer, base_pieces
-from clip_nbdev.towers import HFTokenizer
+from clip_nbdev.towers import HFTokenizer, padded_with_eos
 from clip_nbdev.train import Trainer, train
+from clip_nbdev.zeroshot import evaluate_suite
 
 TEXTS = ["a red dog on a beach", "two cats !", ""]
 COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta", "white", "black"]
@@ -86,7 +89,8 @@ def check_equal(run):
         torch.testing.assert_close(model.encode_image(preprocess(img)[None]), theirs.encode_image(their_preprocess(img)[None]), rtol=1e-4, atol=1e-5)
         texts = TEXTS[:2]
         torch.testing.assert_close(model.encode_text(tokenizer(texts)), theirs.encode_text(their_tokenizer(texts)), rtol=1e-4, atol=1e-5)
-        assert model.encode_text(tokenizer(texts)).std(0).max() > 1e-3
+        emb = model.encode_text(tokenizer(texts))
+        assert emb.std(0).max() > 1e-3*emb.abs().max() # the texts differ
     return model
 
 
@@ -96,6 +100,31 @@ TOWERS = {
     "NFNet with BERT (Flamingo)": dict(vision_cfg=dict(timm_model_name="test_nfnet"), text_cfg=dict(hf_config=BERT, hf_pooler_type="cls_last_hidden_state_pooler")),
     "ViT with attention pooling (SigLIP)": dict(vision_cfg=dict(timm_model_name="test_vit", timm_pool="map", timm_proj="none"), text_tower="siglip", quick_gelu=False, img_size=160, embed_dim=64),
 }
+
+
+@pytest.mark.parametrize("vision_cfg", [dict(timm_model_name="test_vit"), dict(timm_model_name="test_vit", timm_pool="avg"), dict(timm_model_name="test_resnet", timm_proj_bias=True, timm_drop=0.3)])
+@pytest.mark.parametrize("text_cfg", [dict(), dict(hf_pooler_type="cls_pooler", hf_proj_type="mlp"), None])
+def test_words_that_are_left_out_mean_the_same_in_open_clip(tmp_path, vision_cfg, text_cfg):
+    "Our defaults are not open_clip's, so a run says every word."
+    words = padded_with_eos(BPETokenizer.train([f"{a} left of {b}" for a in COLOURS for b in COLOURS], 600, 20))
+    texts = {} if text_cfg is None else dict(text_cfg=text_cfg | dict(hf_config=BERT))
+    model = create_model("tiny", vocab_size=len(words), ctx_len=20, img_size=64, vision_cfg=vision_cfg, quick_gelu=False, **texts)
+    if text_cfg is None: words.pad_id = 0
+    elif not text_cfg: model = CLIP(replace(model.config, text_cfg=dict(hf_config=model.config.text_cfg["hf_config"]))).eval() # as a user may write it
+    save_model(model, words, tmp_path/"run")
+    check_equal(tmp_path/"run")
+
+
+def test_other_towers_are_written_as_onnx(tmp_path):
+    words = padded_with_eos(BPETokenizer.train([f"{a} left of {b}" for a in COLOURS for b in COLOURS], 600, 20))
+    for name, more in (("bert", TOWERS["ConvNeXt with BERT (OpenCLIP's image tower)"]), ("siglip", dict(text_tower="siglip", quick_gelu=False))):
+        save_model(create_model("tiny", vocab_size=len(words), ctx_len=20, img_size=64, resize="squash", **more), words, tmp_path/name)
+        gaps = export_onnx(tmp_path/name, tmp_path/f"{name}-onnx")
+        assert max(gaps.values()) < 1e-5
+        assert json.loads((tmp_path/f"{name}-onnx"/"preprocessor_config.json").read_text())["size"] == dict(height=64, width=64)
+    save_model(create_model("tiny", vocab_size=len(words), ctx_len=20, resize="longest"), words, tmp_path/"padded")
+    with pytest.raises(UserError, match="no padding to a square"): export_onnx(tmp_path/"padded", tmp_path/"onnx")
+    with pytest.raises(UserError, match="no image tower of timm's"): export_hf(tmp_path/"bert", tmp_path/"hf")
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -138,7 +167,7 @@ def lit(out, pairs, bert, trunk, **more):
 
 def test_locked_towers_keep_their_bits(tmp_path, pairs, bert, trunk):
     before = torch.load(trunk), transformers.AutoModel.from_pretrained(bert).state_dict()
-    train(lit(tmp_path/"run", pairs, bert, trunk, lr=0.01))
+    train(lit(tmp_path/"run", pairs, bert, trunk, lr=0.01, keep_embeddings=False)) # the towers run in every step
     model = check_equal(tmp_path/"run")
     for k, v in model.visual.trunk.state_dict().items(): assert torch.equal(v, before[0][k]), k
     for k, v in model.text.transformer.state_dict().items(): assert torch.equal(v, before[1][k]), k
@@ -195,6 +224,18 @@ def moved(tmp_path, pairs, start, **more):
     return changed(load(start)[0], load(tmp_path/"run")[0])
 
 
+def interrupted(tmp_path, monkeypatch, cfg):
+    "A run that is stopped by a signal at its third step and goes on, beside one that is not: the same weights."
+    train(replace(cfg, out=tmp_path/"whole"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped): train(cfg)
+    train(replace(cfg, resume=True))
+    whole, run = load(tmp_path/"whole")[0], load(cfg.out)[0]
+    assert not changed(whole, run)
+    return run
+
+
 def sides(names): return {k.split(".")[0] for k in names}
 
 
@@ -217,7 +258,7 @@ def test_the_top_of_a_locked_tower_can_stay_free(tmp_path, pairs, start):
 
 def test_a_locked_batchnorm_keeps_its_statistics(tmp_path, pairs):
     train(options(tmp_path/"start", pairs, steps=2))
-    train(options(tmp_path/"run", pairs, preset=None, init=str(tmp_path/"start"), lr=0.01, warmup=0, lock_image=True))
+    train(options(tmp_path/"run", pairs, preset=None, init=str(tmp_path/"start"), lr=0.01, warmup=0, lock_image=True, keep_embeddings=False))
     assert sides(changed(load(tmp_path/"start")[0], load(tmp_path/"run")[0])) == {"text", "logit_scale"}
 
 
@@ -230,19 +271,14 @@ def test_lower_blocks_move_less(pairs, start, tmp_path):
 
 
 def test_lora_is_added_up_and_resumes(tmp_path, pairs, start, monkeypatch):
-    more = dict(preset=None, init=str(start), lora=2, lr=0.01, warmup=0, steps=6)
-    train(options(tmp_path/"whole", pairs, **more))
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped): train(options(tmp_path/"run", pairs, **more))
-    train(options(tmp_path/"run", pairs, **more, resume=True))
-    a, b = load(tmp_path/"whole")[0], load(tmp_path/"run")[0]
-    assert list(a.state_dict()) == list(load(start)[0].state_dict()) and not changed(a, b)
+    run = interrupted(tmp_path, monkeypatch, options(tmp_path/"run", pairs, preset=None, init=str(start), lora=2, lr=0.01, warmup=0, steps=6))
     check_equal(tmp_path/"run")
-    found = changed(load(start)[0], a)
+    before = load(start)[0].state_dict()
+    assert list(run.state_dict()) == list(before)
+    found = changed(load(start)[0], run)
     assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in found and "text.token_embedding.weight" not in found
-    difference = a.state_dict()["text.transformer.resblocks.0.mlp.c_fc.weight"] - load(start)[0].state_dict()["text.transformer.resblocks.0.mlp.c_fc.weight"]
-    assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 2
+    name = "text.transformer.resblocks.0.mlp.c_fc.weight"
+    assert torch.linalg.matrix_rank(run.state_dict()[name] - before[name], rtol=1e-3) == 2
 
 
 def test_average_with_the_start_lies_between(tmp_path, pairs, start):
@@ -255,21 +291,33 @@ def test_average_with_the_start_lies_between(tmp_path, pairs, start):
 
 
 def test_running_mean_of_the_weights_resumes(tmp_path, pairs, start, monkeypatch):
-    more = dict(preset=None, init=str(start), ema=0.5, lr=0.01, warmup=0, steps=6)
-    train(options(tmp_path/"whole", pairs, **more))
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped): train(options(tmp_path/"run", pairs, **more))
-    train(options(tmp_path/"run", pairs, **more, resume=True))
-    assert not changed(load(tmp_path/"whole")[0], load(tmp_path/"run")[0])
-    # by hand
-    trainer = Trainer(options(tmp_path/"hand", pairs, **{k: v for k, v in more.items() if k != "ema"}))
-    mean = None
+    more = dict(preset=None, init=str(start), lr=0.01, warmup=0, steps=6)
+    run = interrupted(tmp_path, monkeypatch, options(tmp_path/"run", pairs, **more, ema=0.5))
+    trainer, mean = Trainer(options(tmp_path/"hand", pairs, **more)), None
     for k in range(6):
         trainer.train_step(k/6)
         now = trainer.model.text.text_projection.detach().clone()
         mean = now if mean is None else 0.5*mean + 0.5*now
-    torch.testing.assert_close(load(tmp_path/"run")[0].text.text_projection, mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run.text.text_projection, mean, rtol=0, atol=1e-6)
+
+
+def test_kept_features_stay_in_the_run_and_a_resume_uses_them(tmp_path, pairs, bert, trunk, monkeypatch):
+    cfg = lit(tmp_path/"run", pairs, bert, trunk, lr=0.01, warmup=0, steps=6)
+    interrupted(tmp_path, monkeypatch, cfg)
+    for name in ("whole", "run"): assert len(list((tmp_path/name/"kept").iterdir())) == 2
+    monkeypatch.setattr("clip_nbdev.kept.features", None)
+    train(replace(cfg, overwrite=True)) # nothing is computed again
+
+
+def test_watching_changes_nothing(tmp_path, pairs, start):
+    more = dict(preset=None, init=str(start), evals=2)
+    for name, watched in (("plain", ()), ("watched", ("glyphs:dice",))): train(options(tmp_path/name, pairs, **more, eval_classes=watched))
+    assert not changed(load(tmp_path/"plain")[0], load(tmp_path/"watched")[0])
+
+
+def test_average_where_weights_are_stored_in_half(tmp_path, pairs, start):
+    train(options(tmp_path/"run", pairs, preset=None, init=str(start), precision="bf16", text_weights="bfloat16", average_with_init=0.5))
+    load(tmp_path/"run")
 
 
 def test_a_released_file_is_tuned_and_stays_one_that_open_clip_opens(tmp_path, pairs):
@@ -297,6 +345,7 @@ def test_a_released_file_is_tuned_and_stays_one_that_open_clip_opens(tmp_path, p
     (dict(image_tower="timm:test_convnext", timm_pool="map"), "can't be built with timm_pool 'map'"),
     (dict(image_tower="timm:vit_tiny_patch16_224"), "takes images of 224 pixels and no others, not 32"),
     (dict(text_tower="hf:nowhere"), "no such folder"),
+    (dict(text_tower="hf"), "give hf:FOLDER"),
     (dict(text_tower="tranformer"), "did you mean transformer"),
     (dict(lock_image=True), "--lock-image needs --init or --image-weights"),
     (dict(lock_text=True), "--lock-text needs --init or --text-tower hf:FOLDER"),
@@ -308,6 +357,10 @@ def test_a_released_file_is_tuned_and_stays_one_that_open_clip_opens(tmp_path, p
     (dict(layer_decay=0.), "--layer-decay must be above 0"),
     (dict(image_weights="x.pth"), "--image-weights needs --image-tower"),
     (dict(ema=1.), "--ema must be"),
+    (dict(ema=0.9, lora=2, init="pocket", preset=None), "--ema does not go with --lora"),
+    (dict(lm_weight=0.1, lock_text=True, init="pocket", preset=None, img_size=None), "--lm-weight trains the text tower"),
+    (dict(lock_text=True, lock_image=True, init="pocket", preset=None, img_size=None), "nothing is left to train but the temperature"),
+    (dict(image_tower="timm:test_convnext", text_tower="bow", img_size=64, grad_checkpointing=True), "--grad-checkpointing knows the blocks"),
 ])
 def test_mistakes_are_said_in_one_line(tmp_path, pairs, more, said):
     with pytest.raises(UserError) as e: Trainer(options(tmp_path/"run", pairs, **more))
@@ -328,6 +381,12 @@ def test_the_same_network_under_other_names(tmp_path, pairs):
     torch.save(state, tmp_path/"other_names.pth")
     trainer = Trainer(options(tmp_path/"run", pairs, image_tower="timm:test_efficientnet", image_weights=str(tmp_path/"other_names.pth"), img_size=64))
     for k, v in trainer.model.visual.trunk.state_dict().items(): assert torch.equal(v, net.state_dict()[k])
+
+
+def test_weights_without_their_vocabulary_are_refused(tmp_path, pairs, bert):
+    (tmp_path/"bert").mkdir()
+    for name in ("config.json", "model.safetensors"): (tmp_path/"bert"/name).write_bytes((bert/name).read_bytes())
+    with pytest.raises(UserError, match="has weights and no tokenizer.json"): Trainer(options(tmp_path/"run", pairs, text_tower=f"hf:{tmp_path/'bert'}"))
 
 
 def test_a_text_model_without_weights_cannot_be_locked(tmp_path, pairs, bert):
@@ -364,7 +423,7 @@ def test_open_clips_configurations(name):
 FOREIGN = {
     "convnext_base": (dict(timm_model_name="test_convnext", image_size=64), dict(width=64, heads=2, layers=1)),
     "ViT-B-16-SigLIP": (dict(timm_model_name="test_vit", image_size=160), dict(width=64, heads=2, layers=1)),
-    "roberta-ViT-B-32": (dict(image_size=64, width=64, layers=1), dict(hf_model_pretrained=False, hf_proj_type="mlp")),
+    "roberta-ViT-B-32": (dict(image_size=64, width=64, layers=1), dict(hf_model_pretrained=False)),
 }
 
 
@@ -430,7 +489,6 @@ def test_watching_what_the_start_knew(tmp_path, pairs):
     seen = [(r.get("step", r.get("steps")), set(r["classes"])) for r in records if "classes" in r]
     names = {"classes", "dice", "chess"}
     assert seen == [(0, names), (2, names), (4, names)] and set(last["classes"]) == names
-    from clip_nbdev.zeroshot import evaluate_suite
     knew = evaluate_suite(*load("pocket")[::2], 64, ("dice",))["dice"]
     assert next(r for r in records if r.get("step") == 0)["classes"]["dice"] == pytest.approx(knew)
     report = (tmp_path/"run"/"report.md").read_text()
