@@ -28,14 +28,16 @@ def judged(
     predictions:Sequence[dict],    # name, says, low, high of each, as a result file keeps them
     measured:dict[str, Sequence],  # one number a seed, by a prediction's name
 )->pd.DataFrame:                   # what was expected, what was measured, and the verdict
-    "Predictions beside results, judged by the 95% interval. ValueError: names differ."
+    "Predictions and results, by the 95% interval. ValueError: names differ, or no number."
     if odd := {p["name"] for p in predictions} ^ set(measured):
         raise ValueError(f"predicted or measured, not both: {', '.join(sorted(odd))}")
     rows = []
     for p in predictions:
         values = np.asarray(measured[p["name"]], dtype=float)
-        low,high = interval(values) if len(values) > 1 else (values.mean(),)*2
+        if not len(values) or not np.isfinite(values).all():
+            raise ValueError(f"{p['name']}: a number a seed is needed, not {values.tolist()}")
         several = len(values) > 1
+        low,high = interval(values) if several else (values[0],)*2
         inside = several and p["low"] <= low and high <= p["high"]
         outside = high < p["low"] or low > p["high"]
         rows.append({"what":p["says"], "expected":f"{p['low']:g} to {p['high']:g}",
