@@ -5,7 +5,8 @@
     python tests/execute.py --list                   name the stale ones and do nothing
 
 `nbs/executed.json` holds a hash for each chapter: of its own cells, of all modules of the package that they import, directly
-or not, of the result files that it reads, and of the shipped weights where it uses them. Comments, layout and docstrings do not count. Cells flagged slow, gpu, data or
+or not, of the result files that it reads, of the shipped weights where it
+uses them, and of the verdicts of all chapters where it collects them. Comments, layout and docstrings do not count. Cells flagged slow, gpu, data or
 `eval: false` are not run, and keep the outputs that they have."""
 import argparse
 import ast
@@ -67,6 +68,14 @@ def below(names):
     return sorted(found)
 
 
+def verdicts():
+    "Tables with a verdict column of all chapters, in their text or their stored outputs."
+    cells = [c for p in sorted(NBS.glob("[0-9]*.ipynb")) if p.stem != "59_claims" for c in json.loads(p.read_text())["cells"]]
+    texts = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+    tables = ["".join(o.get("data", {}).get("text/html", ())) for c in cells for o in c.get("outputs", ())]
+    return [t for t in texts if "| verdict" in t] + [t for t in tables if ">verdict<" in t]
+
+
 def runs(cell): return cell["cell_type"] == "code" and not LEFT_OUT.search("".join(cell["source"])) and "nbdev_export()" not in "".join(cell["source"])
 
 
@@ -78,6 +87,7 @@ def fingerprint(path):
     results = [NBS/"results"/f"{r}.json" for r in sorted(set(re.findall(r'load_result\("(\w+)"\)', "\n".join(code))))]
     parts += [p.read_text() for p in results if p.exists()]
     if re.search(r"\b(pocket|shipped)\b", "\n".join(code)): parts += [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(REPO.glob("clip_nbdev/weights/*/*"))]
+    if "claims.json" in "\n".join(code): parts += [(NBS/"claims.json").read_text(), *verdicts()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
