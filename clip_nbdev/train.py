@@ -805,11 +805,13 @@ def short_run(
     prepare=None,          # function of the Trainer, called before the first step
     pairs:GlyphPairs|None=None, # other pairs than the corpus gives by itself
     watch=None,            # function of the step and the Trainer, called after each step
+    tokenizer:BPETokenizer|None=None, # of other captions; by default one is learned from the corpus
     **options,             # of TrainConfig, to try something else than the small presets' recipe
 )->Trainer:                # with .model and .tokenizer
     "One short training on the glyph corpus, without a run folder."
     seed_all(seed)
-    tokenizer = BPETokenizer.train(GlyphPairs(32, scenes=scenes).batch(4000)[1], 2000, ctx_len=40)
+    if tokenizer is None:
+        tokenizer = BPETokenizer.train(GlyphPairs(32, scenes=scenes).batch(4000)[1], 2000, ctx_len=40)
     model = build(len(tokenizer))
     splits = ("train",) if options.get("hold_out_val") else ("train", "val")
     pairs = pairs or GlyphPairs(model.config.img_size, splits, scenes=scenes, seed=seed)
