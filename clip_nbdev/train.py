@@ -821,7 +821,7 @@ def short_run(
     trainer = Trainer(cfg, model, tokenizer, source)
     if prepare: prepare(trainer)
     for step in progress(range(steps), desc=f"training, seed {seed}"):
-        trainer.train_step(step/steps)
+        trainer.losses.append(trainer.train_step(step/steps)["loss"])
         if watch: watch(step+1, trainer)
     return trainer
 
