@@ -58,8 +58,8 @@ def overlap_report(
     right:Tensor,     # (M,) bool, which test images are answered rightly
     overlap:Tensor,   # (M,) bool, which have a near-duplicate in the training data
     level:float=.995, # how often such intervals hold the true accuracy
-)->dict: # n, n_overlap, p_value; 0 to 1: share, all, clean, overlap, low, high; change = all - clean
-    "All, Clean and Overlap (section 5); NaN without Overlap. ValueError: no Clean, or not two masks."
+)->dict: # n, n_overlap, p_value; 0 to 1: share, all, clean, overlap, low, high; change: all - clean
+    "All, Clean, Overlap (section 5); NaN without Overlap. ValueError: no Clean, or not two masks."
     masks = {right.dtype, overlap.dtype} == {torch.bool}
     if right.shape != overlap.shape or right.ndim != 1 or not masks:
         raise ValueError("two bool vectors of the same length are needed")
